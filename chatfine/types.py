@@ -1,0 +1,108 @@
+"""The few types that rooms exchange. Data and model meet in `Batch` and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORE_INDEX = -100
+"""Target of a position that is not trained on (the value torch's cross entropy skips by default)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a dialogue. `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The form chat templates read."""
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """The messages of one row and where the row came from (`file:line`, for error messages).
+
+    `plain` marks running text: no chat template, every token is trained on.
+    """
+
+    messages: tuple[Message, ...]
+    where: str = ""
+    plain: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids of one dialogue and, for each, whether it is trained on (contract C1)."""
+
+    ids: Sequence[int]
+    mask: Sequence[bool]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One micro-batch without padding: documents laid end to end in one row of N tokens.
+
+    `labels[i]` is already the token that position i must predict (the next one of the same document)
+    or IGNORE_INDEX, so the loss needs no shift. Document d occupies `bounds[d] : bounds[d + 1]`;
+    positions restart at each bound and attention must not cross it.
+    """
+
+    ids: torch.Tensor  # (N,) int64
+    labels: torch.Tensor  # (N,) int64
+    positions: torch.Tensor  # (N,) int64
+    bounds: tuple[int, ...]  # D + 1 offsets, the first 0 and the last N
+    supervised: int  # number of labels that are not IGNORE_INDEX
+    index: tuple[int, ...] = ()  # which examples these are, for messages
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the model reads: N."""
+        return self.bounds[-1]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        return Batch(
+            self.ids.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.bounds,
+            self.supervised,
+            self.index,
+        )
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one optimizer step, or one evaluation, has to say; a line of `metrics.jsonl`."""
+
+    step: int
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int | None = None  # tokens read by the model so far in the run
+    tokens_per_second: float | None = None
+    seconds: float | None = None  # training time so far, resumed parts included
+    val_loss: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Only what is set, in a fixed order."""
+        names = (
+            "step",
+            "loss",
+            "learning_rate",
+            "grad_norm",
+            "tokens",
+            "tokens_per_second",
+            "seconds",
+            "val_loss",
+        )
+        report = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return report | self.extra

@@ -1,0 +1,187 @@
+"""What learns: a PEFT adapter, all weights, or the last layers.
+
+Adapter folders are PEFT's own (contract C5), written in a fixed order so that two equal runs give
+equal bytes. The adapter's numbers stay in float32 whatever the base is in: they are small, and
+updates of 1e-4 vanish in bf16.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from chatfine.errors import ModelError, UsageError
+from chatfine.i18n import t
+from chatfine.model import lora
+from chatfine.model.fast import causal_model
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The distinct last names of the model's linears that an adapter can sit on (not the head)."""
+    head = causal_model(model).get_output_embeddings()
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not head
+        }
+    )
+
+
+def attach(
+    model: Any,
+    method: str,
+    *,
+    rank: int = 8,
+    alpha: int = 16,
+    dropout: float = 0.0,
+    targets: str = "all-linear",
+    freeze_layers: int = 2,
+) -> Any:
+    """Mark what learns and return the model to train.
+
+    Args:
+        method: lora, dora, full or freeze.
+        targets: all-linear, or names such as `q_proj,v_proj`.
+        freeze_layers: for `freeze`, how many of the last layers learn.
+
+    Raises:
+        UsageError: a target that the model does not have, more layers than there are.
+    """
+    if method in ("lora", "dora"):
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=_targets(model, targets),
+            use_dora=method == "dora",
+            task_type="CAUSAL_LM",
+        )
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+        return _prepare(wrapped)
+    model.requires_grad_(method == "full")
+    if method == "freeze":
+        layers = causal_model(model).get_decoder().layers
+        if freeze_layers > len(layers):
+            raise UsageError(
+                "too-many-layers",
+                t("--freeze-layers is {n}; the model has {limit} layers", n=freeze_layers,
+                  limit=len(layers)),
+            )  # fmt: skip
+        for layer in layers[-freeze_layers:]:
+            layer.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def _targets(model: nn.Module, targets: str) -> str | list[str]:
+    if targets == "all-linear":
+        return targets
+    wanted = [name.strip() for name in targets.split(",") if name.strip()]
+    known = linear_names(model)
+    for name in wanted:
+        if name not in known:
+            raise UsageError(
+                "no-such-target",
+                t("the model has no linear called {name}", name=name),
+                where="--targets",
+                fix=t("possible: all-linear or {names}", names=", ".join(known)),
+            )
+    return sorted(wanted)
+
+
+def _prepare(model: Any) -> Any:
+    """Adapter weights in float32 and, where it applies, the fused LoRA forward."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    lora.install(model)
+    return model
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter of all that learns, in the model's order (tied ones once)."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Numbers of trained and of all parameters."""
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    return trained, sum(value.numel() for value in model.parameters())
+
+
+def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
+    """Put the PEFT adapter in `folder` on `model`.
+
+    Raises:
+        ModelError: the adapter does not fit this model, or its folder is damaged.
+    """
+    from peft import PeftModel
+
+    try:
+        wrapped = PeftModel.from_pretrained(
+            model,
+            str(folder),
+            is_trainable=trainable,
+            autocast_adapter_dtype=False,
+            local_files_only=True,
+        )
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            "adapter-unusable",
+            t("the adapter in {folder} does not fit this model", folder=folder),
+            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            fix=t("use the model that the adapter was trained on"),
+        ) from error
+    return _prepare(wrapped) if trainable else wrapped.eval()
+
+
+def save_adapter(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write the adapter as a PEFT folder plus `chatfine.json` (`facts`: base, template, digests).
+
+    Tensors and lists are written in sorted order, so equal weights give equal bytes.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model)
+    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    config = model.peft_config["default"].to_dict()
+    config["inference_mode"] = True
+    config["base_model_name_or_path"] = str(facts.get("base", ""))
+    config = {key: _plain(value) for key, value in sorted(config.items())}
+    _write_json(folder / "adapter_config.json", config)
+    _write_json(folder / "chatfine.json", dict(facts))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, ensure_ascii=False, indent=2)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def save_model(model: Any, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Write a fully trained model as an ordinary model folder (weights in `dtype`)."""
+    causal = causal_model(model)
+    state = {name: value.detach().to(dtype).cpu() for name, value in causal.state_dict().items()}
+    causal.config.dtype = dtype
+    causal.save_pretrained(str(folder), state_dict=state)
+    _write_json(folder / "chatfine.json", dict(facts))

@@ -1,0 +1,106 @@
+"""A LoRA forward without extra passes over the activations, behind PEFT's own layers and files.
+
+PEFT's layer adds, for each linear, a scaled copy of the adapter's output to the base's output: two
+more elementwise passes forward and two backward. Here the small product accumulates straight into
+the large one (`addmm_`), forward and backward. The slow twin is PEFT's forward; it stays in charge
+wherever something is not plain (DoRA, dropout, several adapters, quantised or biased bases).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def install(model: nn.Module) -> int:
+    """Give every plain LoRA linear of `model` the fused forward; returns how many got it."""
+    from peft.tuners.lora import Linear
+
+    count = 0
+    for module in model.modules():
+        if isinstance(module, Linear) and _is_plain(module):
+            module.forward = _Fused(module)  # type: ignore[method-assign]
+            count += 1
+    return count
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give PEFT's own forward back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _Fused):
+            del module.forward
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether the layer is base + scale·B·A on an ordinary float linear without bias or dropout."""
+    if len(module.active_adapters) != 1 or type(module.base_layer) is not nn.Linear:
+        return False
+    name = module.active_adapters[0]
+    dropout = module.lora_dropout[name]
+    return (
+        module.base_layer.bias is None
+        and not module.base_layer.weight.requires_grad
+        and not module.lora_variant.get(name)
+        and not module.lora_bias.get(name)
+        and not module.fan_in_fan_out
+        and (isinstance(dropout, nn.Identity) or dropout.p == 0)
+    )
+
+
+class _Fused:
+    """The replacement forward of one layer; falls back to PEFT's when the layer is switched off."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.name = module.active_adapters[0]
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        module, name = self.module, self.name
+        if module.disable_adapters or module.merged or args or kwargs:
+            result: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
+            return result
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        weight = module.base_layer.weight
+        fused: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+            x.to(weight.dtype), weight, a, b, module.scaling[name]
+        )
+        return fused
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x Wᵀ + s (x Aᵀ) Bᵀ with W (out, in) frozen, A (rank, in), B (out, rank)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])  # (N, in)
+        a_low, b_low = a.to(rows.dtype), b.to(rows.dtype)
+        inner = F.linear(rows, a_low)  # (N, rank)
+        y = F.linear(rows, weight)
+        y.addmm_(inner, b_low.t(), alpha=scale)
+        ctx.save_for_backward(rows, inner, weight, a_low, b_low)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        rows, inner, weight, a_low, b_low = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])  # (N, out)
+        grad_inner = torch.mm(flat, b_low).mul_(ctx.scale)  # (N, rank)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm(flat, weight)
+            grad_x.addmm_(grad_inner, a_low)
+            grad_x = grad_x.view(*grad.shape[:-1], -1)
+        grad_a = torch.mm(grad_inner.t(), rows).float()
+        grad_b = torch.mm(flat.t(), inner).float().mul_(ctx.scale)
+        return grad_x, None, grad_a, grad_b, None

@@ -1,0 +1,1 @@
+"""Learning: the loop, the optimizer, the checkpoint store, the plan, and their one assembly."""

@@ -1,0 +1,121 @@
+"""What `auto` comes to: number format, micro-batch, packing, recomputation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from chatfine.errors import ResourceError
+from chatfine.i18n import t
+from chatfine.runtime import pick_dtype
+from chatfine.train import plan as planning
+from chatfine.train.prepare import Prepared, write_json
+
+if TYPE_CHECKING:
+    from chatfine.train.plan import Shapes, Work
+
+EXAMPLES_A_STEP = 8
+"""Examples of one optimizer step when nothing else is asked for: enough for a steady gradient, and
+few enough that a small data set still gets its hundreds of updates."""
+PACKED_ROWS_WORTH = 200
+"""Packing pays on a GPU with at least so many full rows an epoch; below, it only makes steps
+rarer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What `auto` came to. Kept in the run folder, so that a resumed run computes the same way."""
+
+    device: str
+    dtype: str
+    rows: int
+    accumulate: int
+    packing: bool
+    checkpointing: bool
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The number format of the products."""
+        value = getattr(torch, self.dtype)
+        assert isinstance(value, torch.dtype)
+        return value
+
+
+def decide(prepared: Prepared, shapes: Shapes, device: torch.device) -> Decisions:
+    """Fill in the automatic settings, or read what an earlier start of this run decided.
+
+    Raises:
+        ResourceError: nothing that was left open makes the run fit.
+    """
+    kept = prepared.run / "decisions.json"
+    if kept.is_file():
+        return Decisions(**json.loads(kept.read_text(encoding="utf-8")))
+    config = prepared.config
+    dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    packing = _packing(prepared, device)
+    rows = config.batch_size or (1 if packing else EXAMPLES_A_STEP)
+    checkpointing = config.checkpointing == "full"
+    wanted = Decisions(device.type, dtype, rows, config.accumulate, packing, checkpointing)
+    decisions = _fit(prepared, shapes, device, wanted)
+    write_json(kept, dataclasses.asdict(decisions))
+    return decisions
+
+
+def _packing(prepared: Prepared, device: torch.device) -> bool:
+    """Packed rows where there are enough of them to matter and a device that likes them."""
+    if prepared.config.packing != "auto":
+        return prepared.config.packing == "on"
+    tokens = sum(int(part.lengths.sum()) for part in prepared.data.train)
+    return device.type == "cuda" and tokens / prepared.max_length >= PACKED_ROWS_WORTH
+
+
+def _fit(prepared: Prepared, shapes: Shapes, device: torch.device, wanted: Decisions) -> Decisions:
+    """Smaller micro-batches (same global batch), then recomputation, until the plan fits."""
+    config = prepared.config
+    free = planning.free_memory_bytes(device, config.gpu_memory)
+    options = [wanted]
+    if not config.batch_size:
+        rows, accumulate = wanted.rows, wanted.accumulate
+        while rows > 1:
+            rows, accumulate = rows // 2, accumulate * 2
+            options.append(dataclasses.replace(wanted, rows=rows, accumulate=accumulate))
+    if config.checkpointing == "auto":
+        options += [dataclasses.replace(one, checkpointing=True) for one in list(options)]
+    for option in options:
+        if planning.make_plan(shapes, work_of(prepared, option)).memory_bytes <= free:
+            return option
+    work = work_of(prepared, options[-1])
+    need = planning.make_plan(shapes, work).memory_bytes
+    raise ResourceError(
+        "out-of-memory",
+        t("the run needs about {need:.1f} GB of memory; {free:.1f} GB can be used",
+          need=need / 1e9, free=free / 1e9),
+        fix=planning.remedies(shapes, work, free, options[-1].rows),
+    )  # fmt: skip
+
+
+def work_of(prepared: Prepared, decisions: Decisions) -> Work:
+    """The run as the plan sees it."""
+    config, data = prepared.config, prepared.data
+    lengths = sorted((int(n) for part in data.train for n in part.lengths), reverse=True)
+    tokens, labels = sum(lengths), sum(int(part.supervised.sum()) for part in data.train)
+    micro = sum(lengths[: decisions.rows])
+    if decisions.packing:
+        micro = prepared.max_length * decisions.rows
+    epochs = config.epochs
+    if config.max_steps:
+        units = tokens / prepared.max_length if decisions.packing else len(lengths)
+        epochs = config.max_steps * decisions.rows * decisions.accumulate / max(1.0, units)
+    targets = () if config.targets == "all-linear" else tuple(config.targets.split(","))
+    return planning.Work(
+        method=config.method, rank=config.rank, targets=targets,
+        freeze_layers=config.freeze_layers,
+        dtype_bytes=4 if decisions.dtype == "float32" else 2, device=decisions.device,
+        checkpointing=decisions.checkpointing, micro_tokens=micro,
+        micro_labels=round(micro * labels / max(1, tokens)) or 1, longest=lengths[0],
+        tokens=round(tokens * epochs), labels=round(labels * epochs), keep=config.keep,
+    )  # fmt: skip

@@ -1,0 +1,196 @@
+"""The page everyone reads: what one optimizer step is, and in which order a run does things.
+
+LoRA, full fine-tuning, one device or many differ only in the objects handed in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from chatfine.errors import Stopped
+from chatfine.i18n import t
+from chatfine.model.fast import loss_sum
+from chatfine.train.optim import Schedule
+from chatfine.train.rng import rng_tensors, set_rng_tensors
+from chatfine.types import Batch, StepReport
+
+
+class BatchSource(Protocol):
+    """What the loop needs of `data.batches.Batches`."""
+
+    def step(self, index: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `index`."""
+
+    def supervised(self, index: int) -> int:
+        """Labels in that step over all ranks."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands; plain numbers, saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields."""
+        return asdict(self)
+
+    def note_evaluation(self, val_loss: float) -> bool:
+        """Record an evaluation at the present step; True if it is the best so far."""
+        if self.best_loss is None or val_loss < self.best_loss:
+            self.best_loss, self.best_step = val_loss, self.step
+            self.evaluations_without_gain = 0
+            return True
+        self.evaluations_without_gain += 1
+        return False
+
+
+class Precision:
+    """Autocast and loss scaling for the number format of the products.
+
+    float32 master weights under bf16 or fp16 products need autocast; an adapter on a bf16 base
+    casts inside its own forward and needs none. Only fp16 needs its loss scaled against underflow.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, autocast: bool) -> None:
+        self.device, self.dtype = device, dtype
+        self.autocast = autocast and dtype != torch.float32
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def context(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of the forward pass."""
+        if not self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+@dataclass(slots=True)
+class Trainer:
+    """The objects of one run and the loop over them."""
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    batches: BatchSource
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    precision: Precision
+    progress: Progress
+    device: torch.device
+    clip: float
+    evaluate: Callable[[], float | None]
+    save: Callable[[], None]
+    report: Callable[[StepReport], None]
+    stop_requested: Callable[[], bool]
+    eval_every: int
+    save_every: int
+    early_stop: int = 0
+
+    def run(self) -> str:
+        """Train to the schedule's end; returns why it ended: done, early or stopped."""
+        self.model.train()
+        progress, total = self.progress, self.schedule.total
+        while progress.step < total and not self._early():
+            if not self.step():
+                self.save()
+                return "stopped"
+            last = progress.step == total
+            evaluated = progress.step % self.eval_every == 0 or last
+            if evaluated:
+                self._evaluate()
+            if progress.step % self.save_every == 0 or last or evaluated:
+                self.save()
+        return "early" if progress.step < total else "done"
+
+    def _early(self) -> bool:
+        """Whether validation has not improved for long enough."""
+        return 0 < self.early_stop <= self.progress.evaluations_without_gain
+
+    def step(self) -> bool:
+        """One optimizer step; False if a stop was requested in it (then nothing has changed)."""
+        started, progress = time.perf_counter(), self.progress
+        before = rng_tensors(self.device)
+        labels = self.batches.supervised(progress.step)
+        loss, tokens = 0.0, 0
+        for batch in self.batches.step(progress.step):
+            if self.stop_requested():
+                self.optimizer.zero_grad(set_to_none=True)
+                set_rng_tensors(before, self.device)
+                return False
+            loss += self._accumulate(batch.to(self.device), labels)
+            tokens += batch.tokens
+        if not math.isfinite(loss):
+            raise self._not_finite(t("the loss"), loss)
+        learning_rate = self.schedule.at(progress.step)
+        norm = self._update(learning_rate)
+        seconds = time.perf_counter() - started
+        progress.step += 1
+        progress.tokens += tokens
+        progress.seconds += seconds
+        self.report(
+            StepReport(
+                step=progress.step, loss=loss, learning_rate=learning_rate, grad_norm=norm,
+                tokens=progress.tokens, tokens_per_second=tokens / seconds,
+                seconds=progress.seconds,
+            )
+        )  # fmt: skip
+        return True
+
+    def _accumulate(self, batch: Batch, labels: int) -> float:
+        """Add the gradients of one micro-batch; returns its part of the step's mean loss."""
+        with self.precision.context():
+            loss = loss_sum(self.model, batch) / labels
+        self.precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def _update(self, learning_rate: float) -> float:
+        """Clip, step, clear; returns the gradient norm. Nothing is updated if it is not finite."""
+        scaler = self.precision.scaler
+        scaler.unscale_(self.optimizer)
+        norm = float(
+            nn.utils.clip_grad_norm_(
+                self.parameters.values(), self.clip or math.inf, foreach=self.device.type != "mps"
+            )
+        )
+        if not math.isfinite(norm) and not scaler.is_enabled():  # fp16: the scaler skips the step
+            raise self._not_finite(t("the gradient"), norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _evaluate(self) -> None:
+        val_loss = self.evaluate()
+        if val_loss is not None:
+            self.progress.note_evaluation(val_loss)
+            self.report(StepReport(step=self.progress.step, val_loss=val_loss))
+
+    def _not_finite(self, what: str, value: float) -> Stopped:
+        step = self.progress.step + 1
+        examples = [i for batch in self.batches.step(self.progress.step) for i in batch.index]
+        return Stopped(
+            "not-finite",
+            t("{what} of step {step} is {value}; the weights were not touched", what=what,
+              step=step, value=value),
+            where=t("examples {numbers}", numbers=", ".join(map(str, examples[:8]))),
+            why=t("the learning rate is too high, or an example or the base model is broken"),
+            fix=(
+                t("try a lower --learning-rate (now {value:g})", value=self.schedule.peak),
+                t("look at the examples: chatfine data show"),
+                t("with --dtype fp16: use bf16 or fp32"),
+            ),
+        )  # fmt: skip

@@ -1,0 +1,278 @@
+"""Memory, time and disk of a training run before it starts, from shapes alone.
+
+The memory model counts what a training step keeps alive: weights, what learns with its gradient and
+moments, the activations the backward pass needs, the logits of one block, and what the libraries
+take themselves. Predicted against measured: see docs/LOG.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatfine.i18n import t
+
+if TYPE_CHECKING:
+    import torch
+
+OVERHEAD_BYTES = {"cpu": 430e6, "cuda": 300e6, "mps": 300e6}
+"""What Python, torch and the context take before anything is loaded (CPU: resident memory)."""
+HEAD_BLOCK_BYTES = 64 * 2**20
+USABLE = {"cpu": 0.85, "cuda": 0.94, "mps": 0.75}
+"""Share of the free memory a run may plan with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The numbers of a model that a plan needs."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int  # heads × head size
+    key: int  # key heads × head size
+    vocab: int
+    parameters: int
+    head_parameters: int  # output embedding, whether tied or not
+    linears: Mapping[str, tuple[int, int, int]]  # name → (out, in, how many)
+
+    @classmethod
+    def of(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], parameters: int
+    ) -> Shapes:
+        """From a model's config.json (its text part) and the shapes of its tensors."""
+        hidden, heads = int(config["hidden_size"]), int(config.get("num_attention_heads", 1))
+        size = int(config.get("head_dim") or hidden // heads)
+        linears: dict[str, tuple[int, int, int]] = {}
+        for name, shape in tensors.items():
+            parts = name.split(".")
+            if len(shape) == 2 and parts[-1] == "weight" and "layers" in parts:
+                out, into, count = linears.get(parts[-2], (shape[0], shape[1], 0))
+                linears[parts[-2]] = (out, into, count + 1)
+        vocab = int(config["vocab_size"])
+        return cls(
+            layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            intermediate=int(config.get("intermediate_size") or 4 * hidden),
+            query=heads * size,
+            key=int(config.get("num_key_value_heads") or heads) * size,
+            vocab=vocab,
+            parameters=parameters,
+            head_parameters=vocab * hidden,
+            linears=linears,
+        )
+
+    @property
+    def body_parameters(self) -> int:
+        """Weights that multiply every token."""
+        return sum(out * into * count for out, into, count in self.linears.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is to be done with a model."""
+
+    method: str
+    rank: int
+    targets: tuple[str, ...]  # empty = all linears
+    freeze_layers: int
+    dtype_bytes: int
+    device: str
+    checkpointing: bool
+    micro_tokens: int  # tokens of the largest micro-batch
+    micro_labels: int
+    longest: int  # longest document in tokens
+    tokens: int  # tokens of the whole run
+    labels: int
+    keep: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Predicted needs of a run, in bytes, seconds and numbers."""
+
+    weights_bytes: float
+    training_bytes: float
+    activation_bytes: float
+    logits_bytes: float
+    overhead_bytes: float
+    disk_bytes: float
+    flop: float
+    trained_parameters: int
+
+    @property
+    def memory_bytes(self) -> float:
+        """Predicted peak memory."""
+        parts = (self.weights_bytes, self.training_bytes, self.activation_bytes,
+                 self.logits_bytes, self.overhead_bytes)  # fmt: skip
+        return sum(parts)
+
+
+def trained_parameters(shapes: Shapes, work: Work) -> int:
+    """How many numbers learn."""
+    if work.method == "full":
+        return shapes.parameters
+    if work.method == "freeze":
+        return round(shapes.body_parameters * work.freeze_layers / shapes.layers)
+    chosen = {n: v for n, v in shapes.linears.items() if not work.targets or n in work.targets}
+    extra = sum(out * count for out, _, count in chosen.values()) if work.method == "dora" else 0
+    return extra + sum(work.rank * (out + into) * count for out, into, count in chosen.values())
+
+
+def _activations_a_token(shapes: Shapes, work: Work) -> float:
+    """Bytes one token keeps alive in one decoder layer until its backward pass.
+
+    Two norms keep their input and their normalised output; attention keeps q, k, v and its output;
+    the MLP keeps gate, its activation and up. A linear keeps its input only where something on it
+    learns.
+    """
+    everything = work.method in ("full", "freeze") or not work.targets
+    targets = set(shapes.linears) if everything else set(work.targets)
+    numbers: float = 4 * shapes.hidden + 2 * shapes.query + 2 * shapes.key + 3 * shapes.intermediate
+    inputs = {"q_proj": shapes.hidden, "o_proj": shapes.query, "gate_proj": shapes.hidden,
+              "down_proj": shapes.intermediate}  # fmt: skip
+    aliases = {
+        "q_proj": {"q_proj", "k_proj", "v_proj", "qkv_proj"},
+        "gate_proj": {"gate_proj", "up_proj"},
+    }
+    for name, size in inputs.items():
+        if aliases.get(name, {name}) & targets:
+            numbers += size
+    if work.method == "dora":  # PEFT's own forward keeps the base's and the adapter's output too
+        numbers *= 2.2
+    return numbers * work.dtype_bytes
+
+
+def make_plan(shapes: Shapes, work: Work) -> Plan:
+    """Predict what `work` on a model of these `shapes` takes."""
+    learning = trained_parameters(shapes, work)
+    frozen = shapes.parameters - (learning if work.method in ("full", "freeze") else 0)
+    a_token = _activations_a_token(shapes, work)
+    active_layers = work.freeze_layers if work.method == "freeze" else shapes.layers
+    if work.checkpointing:  # each layer keeps its input; one layer is alive in full
+        kept = shapes.hidden * work.dtype_bytes * active_layers + a_token
+    else:
+        kept = a_token * active_layers
+    transient = 4 * shapes.intermediate * work.dtype_bytes  # gradients in flight in one MLP
+    block = min(HEAD_BLOCK_BYTES, 4 * shapes.vocab * work.micro_labels)
+    states = 3 * work.micro_labels * shapes.hidden * 4
+    weights = frozen * work.dtype_bytes
+    if work.method in ("full", "freeze"):
+        weights += learning * (4 + (work.dtype_bytes if work.dtype_bytes < 4 else 0))
+    saved = learning * 12 * (work.keep + 1)
+    return Plan(
+        weights_bytes=weights,
+        training_bytes=learning * (12 if work.method in ("full", "freeze") else 16),
+        activation_bytes=(kept + transient) * work.micro_tokens,
+        logits_bytes=3 * block + states,
+        overhead_bytes=OVERHEAD_BYTES[work.device],
+        disk_bytes=saved + learning * 4,
+        flop=_flop(shapes, work),
+        trained_parameters=learning,
+    )
+
+
+def _flop(shapes: Shapes, work: Work) -> float:
+    """Floating-point operations of all products of the run (2 per multiply-add)."""
+    backward = {"full": 2.0, "freeze": work.freeze_layers / shapes.layers * 2}.get(work.method, 1.0)
+    passes = 1 + backward + (1 if work.checkpointing else 0)
+    body = 2 * shapes.body_parameters * passes * work.tokens
+    adapter = 6 * trained_parameters(shapes, work) * work.tokens if backward == 1.0 else 0
+    head = 2 * shapes.head_parameters * (3 if work.method == "full" else 2) * work.labels
+    attention = 2 * shapes.query * work.longest * shapes.layers * 3.5 * work.tokens * 0.5
+    return body + adapter + head + attention
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> float:
+    """Products a second on this device, from a tenth of a second of one of the model's own
+    products."""
+    import torch
+
+    rows = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(rows, shapes.hidden, device=device, dtype=dtype)
+    b = torch.randn(shapes.intermediate, shapes.hidden, device=device, dtype=dtype)
+    best, begin = 0.0, time.perf_counter()
+    while time.perf_counter() - begin < 0.15:
+        start = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        best = max(best, 2.0 * a.numel() * shapes.intermediate / (time.perf_counter() - start))
+    return best
+
+
+EFFICIENCY = {"cpu": 0.72, "cuda": 0.45, "mps": 0.4}
+"""Measured share of that rate that a whole training step reaches."""
+
+
+def free_memory_bytes(device: torch.device, limit_gb: float = 0) -> float:
+    """Memory a run may take on `device`: what is free, or `limit_gb` GB, less a safety margin."""
+    import psutil
+    import torch
+
+    if limit_gb:
+        free = limit_gb * 1e9
+    elif device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return float(free) * USABLE[device.type]
+
+
+def remedies(shapes: Shapes, work: Work, free_bytes: float, rows: int) -> list[str]:
+    """What to change so that the run fits, cheapest first; each one is checked against the plan."""
+    change = dataclasses.replace
+    options: list[tuple[Work, str]] = []
+    if not work.checkpointing:
+        options.append(
+            (change(work, checkpointing=True), t("--checkpointing full (about 30 % slower)"))
+        )
+    if rows > 1:
+        one = change(work, micro_tokens=max(work.longest, work.micro_tokens // rows),
+                   micro_labels=max(1, work.micro_labels // rows))  # fmt: skip
+        options.append((one, t("--batch-size 1 --accumulate {rows} (same result)", rows=rows)))
+        both = t("--batch-size 1 --accumulate {rows} --checkpointing full", rows=rows)
+        options.append((change(one, checkpointing=True), both))
+    if work.dtype_bytes == 4 and work.device != "cpu":
+        options.append((change(work, dtype_bytes=2), "--dtype bf16"))
+    if work.method in ("full", "freeze"):
+        options.append((change(work, method="lora"), "--method lora"))
+    length = work.longest // 2
+    shorter = change(work, checkpointing=True, micro_tokens=length, longest=length,
+                   micro_labels=min(work.micro_labels, length))  # fmt: skip
+    options.append((shorter, f"--max-length {length} --batch-size 1 --checkpointing full"))
+    fitting = [
+        text for option, text in options if make_plan(shapes, option).memory_bytes <= free_bytes
+    ]
+    return fitting or [t("a smaller model, or a machine with more memory")]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this process has used so far: the card's, or resident memory on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return int(peak if sys.platform == "darwin" else peak * 1024)
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Free space where `path` is or will be."""
+    import shutil
+
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free

@@ -1,0 +1,223 @@
+"""Everything that can refuse a run, done before torch is imported and before anything is
+written."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from chatfine import __version__
+from chatfine.data.examples import DataSettings, Splits, load_examples
+from chatfine.errors import OutputError, ResourceError, UsageError
+from chatfine.hub.catalog import find_model
+from chatfine.hub.folder import ModelFolder, check_vocabulary, read_model_folder
+from chatfine.i18n import t
+from chatfine.runtime import home
+from chatfine.tokenizer.encode import ChatTokenizer
+from chatfine.train.plan import free_disk_bytes
+
+if TYPE_CHECKING:
+    from chatfine.config import TrainConfig
+
+CONFIG_FILE = "config.yaml"
+RESULT_FILE = "result.json"
+DEFAULT_LENGTH = 2048
+CANARIES = ("Hello  world, it's 2024!\n", "你好，世界。😀", "a  1\t2")
+"""Texts whose ids are kept beside an adapter: a tokenizer that encodes them otherwise is
+noticed."""
+
+WITHOUT_EFFECT = frozenset(
+    {"output", "track", "keep", "overwrite", "save_every", "gpu_memory", "device", "author", "name"}
+)
+"""Settings that do not enter the maths of a run, so resuming allows them to change (the names in
+identity questions enter through the data's fingerprint)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is ready to start: all inputs are read and good."""
+
+    config: TrainConfig
+    run: Path
+    model: ModelFolder
+    tokenizer: ChatTokenizer
+    data: Splits
+    max_length: int
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to fit: settings that matter, model, data."""
+        values = self.config.model_dump(mode="json")
+        maths = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
+        return maths | {"model_digest": self.model.digest(), "data": self.data.report.fingerprint}
+
+    def facts(self) -> dict[str, Any]:
+        """What an adapter folder should know about itself (contract C5)."""
+        config = self.config
+        return {
+            "chatfine": __version__,
+            "base": config.model,
+            "base_digest": self.model.digest(),
+            "method": config.method,
+            "template": "model" if config.template == "model" else self.tokenizer.template,
+            "tokenizer_digest": self.tokenizer.digest,
+            "canaries": {text: self.tokenizer.encode_text(text) for text in CANARIES},
+            "datasets": list(config.dataset),
+            "data": self.data.report.fingerprint,
+            "system": config.system,
+        }
+
+
+def resolve_paths(config: TrainConfig) -> TrainConfig:
+    """The same settings with local files as absolute paths, so a run can be resumed from
+    anywhere."""
+
+    def absolute(name: str) -> str:
+        path, _, function = name.partition(":") if ".py:" in name else (name, "", "")
+        if name and os.path.exists(path):
+            return os.path.abspath(path) + (f":{function}" if function else "")
+        return name
+
+    output = config.output or datetime.datetime.now().strftime("run-%Y%m%d-%H%M%S")
+    changes = {
+        "model": absolute(config.model),
+        "dataset": tuple(absolute(name) for name in config.dataset),
+        "validation": absolute(config.validation),
+        "adapter": absolute(config.adapter),
+        "template": absolute(config.template),
+        "output": os.path.abspath(output),
+    }
+    return config.model_copy(update=changes)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read and check model, tokenizer and data of a run.
+
+    Raises:
+        Refused: whatever can't be used; nothing was written.
+    """
+    config = resolve_paths(config)
+    model = read_model_folder(find_model(config.model))
+    tokenizer = ChatTokenizer.load(model.path, template=config.template)
+    check_vocabulary(model, tokenizer.size)
+    max_length = _max_length(config, model)
+    settings = DataSettings(
+        validation=config.validation, prompt=config.prompt, response=config.response,
+        system=config.system, train_on=config.train_on, max_length=max_length,
+        too_long=config.too_long, max_dropped=config.max_dropped, on_bad_row=config.on_bad_row,
+        name=config.name, author=config.author, mix=config.mix, seed=config.seed,
+    )  # fmt: skip
+    data = load_examples(config.dataset, tokenizer, settings, home() / "data")
+    return Prepared(config, Path(config.output), model, tokenizer, data, max_length)
+
+
+def _max_length(config: TrainConfig, model: ModelFolder) -> int:
+    if config.max_length > model.max_positions:
+        raise UsageError(
+            "length-beyond-model",
+            t("--max-length is {value}; the model was made for {limit} tokens",
+              value=config.max_length, limit=model.max_positions),
+            where="--max-length",
+            fix=f"--max-length {model.max_positions}",
+        )  # fmt: skip
+    return config.max_length or min(DEFAULT_LENGTH, model.max_positions)
+
+
+def check_output(run: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something; with `overwrite` only a run is replaced.
+
+    Raises:
+        OutputError: naming `resume` where it is a run, and --overwrite.
+    """
+    if not run.exists():
+        return
+    if not run.is_dir():
+        raise OutputError("output-is-file", t("{path} is a file", path=run), where="--output")
+    if not any(run.iterdir()):
+        return
+    is_run = (run / CONFIG_FILE).is_file()
+    if is_run and overwrite:
+        return
+    if is_run:
+        raise OutputError(
+            "output-is-run",
+            t("there is already a run in {path}", path=run),
+            where="--output",
+            fix=(
+                t("go on with it: {command}", command=f"chatfine resume {run}"),
+                t("or replace it: add --overwrite"),
+            ),
+        )
+    raise OutputError(
+        "output-not-empty",
+        t("the folder {path} is not empty", path=run),
+        where="--output",
+        why=t("it is not a run, so nothing in it is touched, not even with --overwrite"),
+        fix=t("name a new folder"),
+    )
+
+
+def check_disk(run: Path, needed_bytes: float) -> None:
+    """Refuse a run whose checkpoints would not fit.
+
+    Raises:
+        ResourceError: with both sizes.
+    """
+    free = free_disk_bytes(run)
+    if free < needed_bytes:
+        raise ResourceError(
+            "disk-full",
+            t("the run needs {need:.1f} GB of disk; {free:.1f} GB are free at {path}",
+              need=needed_bytes / 1e9, free=free / 1e9, path=run),
+            fix=t("free some space, or choose another disk with --output"),
+        )  # fmt: skip
+
+
+def create_run(prepared: Prepared) -> None:
+    """Make the run folder and write config.yaml, before torch is imported.
+
+    A run that is killed in its first second can then be resumed from step 0.
+    """
+    from chatfine.config import dump_yaml
+
+    run = prepared.run
+    if prepared.config.overwrite and (run / CONFIG_FILE).is_file():
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    staged = run / f".{CONFIG_FILE}"
+    dump_yaml(prepared.config.model_copy(update={"overwrite": False}), staged)
+    os.replace(staged, run / CONFIG_FILE)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a small JSON file whole or not at all."""
+    staged = path.with_name(f".{path.name}")
+    with staged.open("w", encoding="utf-8", newline="\n") as file:
+        json.dump(values, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staged, path)
+
+
+def require_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with other settings, model or data than a checkpoint was made with.
+
+    Raises:
+        UsageError: with one line for each difference.
+    """
+    changed = [key for key in now if key in saved and saved[key] != now[key]]
+    if changed:
+        lines = [f"{key}: {saved[key]} → {now[key]}" for key in changed]
+        raise UsageError(
+            "config-changed",
+            t("the run was started with other settings:\n{lines}", lines="\n".join(lines)),
+            where=CONFIG_FILE,
+            why=t("going on would mix two different computations"),
+            fix=t("undo the change, or start a new run with another --output"),
+        )

@@ -1,0 +1,1 @@
+"""Out of the house: merged models with proof, and their cards."""

@@ -1,0 +1,1 @@
+"""Faces of a finished model: the terminal, prompt files, batch files."""

@@ -1,0 +1,1 @@
+"""Text ↔ ids: tokenizers, chat templates, streaming and tokenizer files."""

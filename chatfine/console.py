@@ -49,12 +49,29 @@ def console() -> Console:
     from rich.console import Console
 
     make_streams_safe()
-    return Console(stderr=_json_mode, quiet=not is_main_process(), highlight=False, soft_wrap=True)
+    return Console(
+        stderr=_json_mode, quiet=not is_main_process(), highlight=False, soft_wrap=True, emoji=False
+    )
 
 
 def say(text: str = "", style: str | None = None) -> None:
     """Print one message; its text is taken literally (no markup)."""
     console().print(text, style=style, markup=False)
+
+
+def write(text: str) -> None:
+    """Print a piece of a line at once, without a line end: an answer as it grows."""
+    out = console()
+    out.print(text.replace("\x1b", "␛"), end="", markup=False)  # no model steers the terminal
+    out.file.flush()
+
+
+def ask(prompt: str) -> str:
+    """A line typed by the user; EOFError at the end of the input, KeyboardInterrupt at Ctrl-C."""
+    if not _json_mode:
+        return input(prompt)
+    write(prompt)  # stdout belongs to the JSON object
+    return input()
 
 
 def warn(text: str) -> None:

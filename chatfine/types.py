@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import torch
 
 IGNORE_INDEX = -100
-"""Target of a position that is not trained on (the value torch's cross entropy skips by default)."""
+"""Target of a position that is not trained on (the value torch's cross entropy skips by
+default)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +50,28 @@ class Example:
 class Batch:
     """One micro-batch without padding: documents laid end to end in one row of N tokens.
 
-    `labels[i]` is already the token that position i must predict (the next one of the same document)
-    or IGNORE_INDEX, so the loss needs no shift. Document d occupies `bounds[d] : bounds[d + 1]`;
-    positions restart at each bound and attention must not cross it.
+    `labels[i]` is already the token that position i must predict (the next one of the same
+    document) or IGNORE_INDEX, so the loss needs no shift. Document d occupies `bounds[d] :
+    bounds[d + 1]`; positions restart at each bound and attention must not cross it.
+
+    Documents that begin alike (system prompt, instruction) can have that beginning once: it then
+    stands before all of them, in `0 : shared`, with `bounds[0] == shared`, and every document
+    sees it and goes on from its positions. It holds no label, so losses and gradients stay the
+    same.
     """
 
     ids: torch.Tensor  # (N,) int64
     labels: torch.Tensor  # (N,) int64
     positions: torch.Tensor  # (N,) int64
-    bounds: tuple[int, ...]  # D + 1 offsets, the first 0 and the last N
+    bounds: tuple[int, ...]  # D + 1 offsets, the first `shared` and the last N
     supervised: int  # number of labels that are not IGNORE_INDEX
     index: tuple[int, ...] = ()  # which examples these are, for messages
+    shared: int = 0  # tokens of the beginning that all documents share
 
     @property
     def tokens(self) -> int:
-        """How many tokens the model reads: N."""
-        return self.bounds[-1]
+        """Tokens of all documents, each with its beginning; N where nothing is shared."""
+        return self.bounds[-1] + self.shared * (len(self.bounds) - 2)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -75,6 +82,7 @@ class Batch:
             self.bounds,
             self.supervised,
             self.index,
+            self.shared,
         )
 
 

@@ -23,6 +23,7 @@ from chatfine.types import IGNORE_INDEX, Batch, Example
 
 Indices = npt.NDArray[np.int64]
 SHUFFLE, SHUFFLE_ROWS, CYCLE = 0, 1, 2  # what a permutation is for
+MIN_SHARED_TOKENS = 8
 
 
 def permutation(count: int, seed: int, *words: int) -> Indices:
@@ -58,6 +59,7 @@ class Batches:
         capacity: tokens of a packed row; no example may be longer.
         rank: this process.
         world: number of processes.
+        share: put what all examples of a micro-batch begin with into it once.
 
     Raises:
         ValueError: no examples, or an example longer than a packed row.
@@ -74,6 +76,7 @@ class Batches:
         capacity: int = 0,
         rank: int = 0,
         world: int = 1,
+        share: bool = False,
     ) -> None:
         if not parts or not all(len(part) for part in parts):
             raise ValueError("every data set needs at least one example")
@@ -89,6 +92,7 @@ class Batches:
         self._packing = packing
         self._capacity = capacity
         self._rank, self._world = rank, world
+        self._share = share
         self._global = rows * accumulate * world
         self._pattern: _Epoch | None = None
         self._epochs: dict[int, _Epoch] = {}
@@ -228,7 +232,7 @@ class Batches:
             self._parts[place][member - int(self._firsts[place])]
             for place, member in zip(places.tolist(), members.tolist(), strict=True)
         ]
-        return collate(examples, tuple(members.tolist()))
+        return collate(examples, tuple(members.tolist()), self._share)
 
 
 def _starts(counts: Indices) -> Indices:
@@ -236,33 +240,61 @@ def _starts(counts: Indices) -> Indices:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
 
 
-def collate(examples: Sequence[Example], index: Sequence[int] = ()) -> Batch:
+def collate(examples: Sequence[Example], index: Sequence[int] = (), share: bool = False) -> Batch:
     """Lay examples end to end in one batch without padding.
 
     A position's label is the next token of the same document where that one is trained on, else
-    IGNORE_INDEX; so no label reaches across a bound.
+    IGNORE_INDEX; so no label reaches across a bound. With `share`, what all examples begin with
+    stands in the row once (see `types.Batch`).
     """
     import torch
 
-    lengths = np.array([len(example.ids) for example in examples], dtype=np.int64)
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.concatenate([np.asarray(example.ids, dtype=np.int64) for example in examples])
-    mask = np.concatenate([np.asarray(example.mask, dtype=np.bool_) for example in examples])
+    ids = [np.asarray(example.ids, dtype=np.int64) for example in examples]
+    masks = [np.asarray(example.mask, dtype=np.bool_) for example in examples]
+    shared = _common_beginning(ids, masks) if share else 0
+    head = ids[0][:shared]
+    ids = [one[shared:] for one in ids]
+    lengths = np.array([len(one) for one in ids], dtype=np.int64)
+    bounds = shared + np.concatenate([[0], np.cumsum(lengths)])
+    row = np.concatenate([head, *ids])
+    mask = np.concatenate([np.zeros(shared, np.bool_), *(one[shared:] for one in masks)])
     mask[bounds[:-1]] = False  # nothing predicts the first token of a document
-    labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-    labels[:-1] = np.where(mask[1:], ids[1:], IGNORE_INDEX)
-    positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
+    labels = np.full(len(row), IGNORE_INDEX, dtype=np.int64)
+    labels[:-1] = np.where(mask[1:], row[1:], IGNORE_INDEX)
+    own = np.arange(len(row) - shared) - np.repeat(bounds[:-1] - shared, lengths)
     return Batch(
-        torch.from_numpy(ids),
+        torch.from_numpy(row),
         torch.from_numpy(labels),
-        torch.from_numpy(positions),
+        torch.from_numpy(np.concatenate([np.arange(shared), shared + own])),
         tuple(bounds.tolist()),
         int(mask.sum()),
         tuple(index),
+        shared,
     )
 
 
-def in_order(examples: Examples, capacity: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+def _common_beginning(ids: Sequence[Indices], masks: Sequence[npt.NDArray[np.bool_]]) -> int:
+    """Tokens that all documents begin with, short of the first label and of any document's end.
+
+    0 where it is not worth the copies of keys and values that attention then makes.
+    """
+    if len(ids) < 2:
+        return 0
+    limit = min(len(one) - 1 for one in ids)
+    for mask in masks:
+        trained = np.flatnonzero(mask[: limit + 1])
+        trained = trained[trained > 0]  # the first token is never a label
+        limit = min(limit, int(trained[0]) - 1) if len(trained) else limit
+    same = np.ones(max(0, limit), dtype=np.bool_)
+    for one in ids[1:]:
+        same &= one[: len(same)] == ids[0][: len(same)]
+    length = len(same) if same.all() else int(np.argmin(same))
+    return length if length >= MIN_SHARED_TOKENS else 0
+
+
+def in_order(
+    examples: Examples, capacity: int, rank: int = 0, world: int = 1, share: bool = False
+) -> Iterator[Batch]:
     """Batches for evaluation: examples in order, each batch up to `capacity` tokens or one example.
 
     Every `world`-th batch belongs to a rank; all ranks together see each example once.
@@ -276,4 +308,4 @@ def in_order(examples: Examples, capacity: int, rank: int = 0, world: int = 1) -
         groups[-1].append(number)
         room -= length
     for group in groups[rank::world]:
-        yield collate([examples[number] for number in group], group)
+        yield collate([examples[number] for number in group], group, share)

@@ -1,7 +1,7 @@
 """Answers and how close they come to the wanted ones: ROUGE, exact match.
 
-ROUGE (Lin 2004) is counted by the `rouge-score` package; only what a token is comes from here. Its own
-tokenizer keeps a–z and digits alone, so every Chinese text would score 0.
+ROUGE (Lin 2004) is counted by the `rouge-score` package; only what a token is comes from here. Its
+own tokenizer keeps a–z and digits alone, so every Chinese text would score 0.
 """
 
 from __future__ import annotations

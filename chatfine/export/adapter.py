@@ -1,7 +1,7 @@
-"""Read a PEFT adapter folder as a list of changes to named weights. Headers and JSON only, no torch.
+"""Read a PEFT adapter folder as a list of changes to named weights. Headers only, no torch.
 
-The names in `adapter_model.safetensors` are those of PEFT: `base_model.model.` + the module + a suffix
-that says what the tensor is to the module's weight (peft/utils/save_and_load.py).
+The names in `adapter_model.safetensors` are those of PEFT: `base_model.model.` + the module + a
+suffix that says what the tensor is to the module's weight (peft/utils/save_and_load.py).
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def _rank(tensors: Mapping[str, TensorInfo], bias_key: str) -> int:
 
 
 def _module_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank, or alpha / √rank with rsLoRA (Kalajdzievski 2023); alpha may differ by module."""
+    """alpha / rank, or alpha / √rank with rsLoRA (Kalajdzievski 2023)."""
     alpha = settings.get("lora_alpha", 8)
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -194,9 +194,12 @@ def _row_ids(settings: Mapping[str, Any], module: str) -> tuple[int, ...]:
 
 def _damaged(path: Path, why: str) -> ModelError:
     return ModelError(
-        "adapter-damaged", t("the adapter in {path} is damaged", path=path), where=str(path), why=why,
+        "adapter-damaged",
+        t("the adapter in {path} is damaged", path=path),
+        where=str(path),
+        why=why,
         fix=t("copy it again, or train again"),
-    )  # fmt: skip
+    )
 
 
 def find_parameter(name: str, known: Mapping[str, Any]) -> str | None:

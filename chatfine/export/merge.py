@@ -1,46 +1,37 @@
 """Base + adapter → an ordinary model folder, written shard by shard and proved (contract C6).
 
-One model at most is in memory at a time, and only for the proof. The proof has three links: logits of
-base + adapter as PEFT computes them equal those of the weights merged in float32; the folder that was
-written, loaded again, holds exactly these weights rounded; what the rounding costs is measured.
+One model at most is in memory at a time, and only for the proof. The proof has three links: logits
+of base + adapter as PEFT computes them equal those of the weights merged in float32; the folder
+that was written, loaded again, holds exactly these weights rounded; what the rounding costs is
+measured.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from chatfine import __version__
-from chatfine.errors import ModelError, OutputError, ProofError, ResourceError
-from chatfine.export.adapter import FACTS, Adapter, Change, find_parameter, read_adapter
-from chatfine.hub.folder import ModelFolder, read_model_folder
-from chatfine.hub.headers import INDEX
+from chatfine.errors import ProofError, ResourceError
+from chatfine.export.adapter import FACTS, find_parameter, read_adapter
+from chatfine.export.merge_weights import Merging, changed, write_json
+from chatfine.export.place import check_output, put_in_place
+from chatfine.hub.folder import read_model_folder
 from chatfine.i18n import t
 from chatfine.model.adapters import load_adapter
 from chatfine.model.load import load_model
 from chatfine.tokenizer.encode import ChatTokenizer
-from chatfine.tokenizer.files import agree_on_end, copy_tokenizer
 
 MAX_GAP = 1e-3
-"""Largest difference of logits (of sizes up to about 40) between base + adapter and merged, float32."""
-SHARD_BYTES = 2_000_000_000
+"""Largest allowed difference of logits (sizes up to about 40) in float32."""
 PROOF_TOKENS = 512
 """So much of each prompt is read for the proof."""
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-HEAD = "lm_head.weight"
-_CARRIED = ("generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-
-Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +74,9 @@ def merge(
         OutputError, ModelError, ResourceError: before anything was written.
         ProofError: the merged model does not compute what base + adapter compute.
     """
-    check_output(output, overwrite)
-    job = _Job(read_model_folder(model), read_adapter(adapter), dtype)
+    output = output.absolute()
+    check_output(output, overwrite, (model, adapter))
+    job = Merging(read_model_folder(model), read_adapter(adapter), dtype)
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     _check_disk(output, job)
@@ -93,37 +85,15 @@ def merge(
         job.write_weights(staged)
         tokenizer = job.write_rest(staged)
         result = _prove(job, staged, [list(ids[:PROOF_TOKENS]) for ids in prompts if ids])
-        _write_json(staged / FACTS, _facts(job, tokenizer, result))
-        _put_in_place(staged, output)
+        write_json(staged / FACTS, _facts(job, tokenizer, result))
+        put_in_place(staged, output)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
     return result
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a place that is taken; `overwrite` allows to replace a model folder, nothing else.
-
-    Raises:
-        OutputError: naming --overwrite where it would help.
-    """
-    if output.is_dir() and not any(output.iterdir()):
-        return
-    if not output.exists():
-        return
-    replaceable = (output / "config.json").is_file() and not (output / "config.yaml").is_file()
-    if overwrite and replaceable:
-        return
-    raise OutputError(
-        "output-not-empty",
-        t("the folder {path} is not empty", path=output),
-        where="--output",
-        why=None if replaceable else t("it is not a model folder, so it is never replaced"),
-        fix=t("name a new folder, or add --overwrite") if replaceable else t("name a new folder"),
-    )
-
-
-def _check_disk(output: Path, job: _Job) -> None:
+def _check_disk(output: Path, job: Merging) -> None:
     place = next(folder for folder in output.absolute().parents if folder.exists())
     needed, free = sum(size for _, _, size in job.plan), shutil.disk_usage(place).free
     if needed > free:
@@ -135,200 +105,120 @@ def _check_disk(output: Path, job: _Job) -> None:
         )  # fmt: skip
 
 
-def _put_in_place(staged: Path, output: Path) -> None:
-    """One rename; what was there goes away only when the new folder is complete."""
-    for file in staged.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    old = output.with_name(f".{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    staged.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+def _prove(job: Merging, staged: Path, prompts: Sequence[Sequence[int]]) -> MergeResult:
+    """Hold the merged weights against base + adapter, and the written folder against the weights.
 
-
-class _Job:
-    """One merge: which tensor of the output comes from which of the base, changed how.
-
-    Raises (on creation):
-        ModelError: the adapter changes a parameter that the base does not have, or not in this shape.
+    Raises:
+        ProofError: proof-gap, proof-files.
     """
-
-    def __init__(self, base: ModelFolder, adapter: Adapter, dtype: torch.dtype | None) -> None:
-        self.base, self.adapter, self.dtype = base, adapter, dtype
-        self.changes: dict[str, Change] = {}  # name in the files → change
-        for name, change in adapter.changes.items():
-            found = find_parameter(name, base.tensors)
-            if found is None and name.endswith(HEAD) and base.tied:
-                found = HEAD
-            if found is None:
-                raise _misfit(adapter, t("the base has no parameter {name}", name=name))
-            self.changes[found] = change
-        embedding = next((n for n in base.tensors if n.endswith(_embedding_names)), "")
-        ends = [name for name in (embedding, HEAD) if name in self.changes]
-        # PEFT ties a head to trained rows, but not to an adapter on one of the two
-        self.untied = base.tied and any(not self.changes[name].rows for name in ends)
-        self.source = {name: name for name in base.tensors}  # name in the output → in the base
-        if self.untied:
-            self.source.setdefault(HEAD, embedding)
-        for name in self.changes:
-            if name not in self.source:
-                raise _misfit(adapter, t("the base has no parameter {name}", name=name))
-        self.tensors = _load_adapter_tensors(adapter)
-        _check_shapes(self)
-        self.plan = [
-            (name, base.tensors[old].file, self._size(name, old))
-            for name, old in sorted(self.source.items())
-        ]
-
-    def _size(self, name: str, old: str) -> int:
-        info = self.base.tensors[old]
-        wanted = self.out_dtype(name)
-        return info.bytes if wanted is None else info.numel * wanted.itemsize
-
-    def out_dtype(self, name: str) -> torch.dtype | None:
-        """The number format of an output tensor; None for one that is not of floats."""
-        own = FLOATS.get(self.base.tensors[self.source[name]].dtype)
-        return own and (self.dtype or own)
-
-    def write_weights(self, folder: Path) -> None:
-        """Write all shards and, where there are several, their index."""
-        shards: list[list[str]] = [[]]
-        room = SHARD_BYTES
-        for name, _, size in self.plan:
-            if size > room and shards[-1]:
-                shards.append([])
-                room = SHARD_BYTES
-            shards[-1].append(name)
-            room -= size
-        placed: dict[str, str] = {}
-        for number, names in enumerate(shards, start=1):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file({n: self.read(n) for n in names}, str(folder / file), {"format": "pt"})
-            placed |= dict.fromkeys(names, file)
-        if len(shards) > 1:
-            total = sum(size for _, _, size in self.plan)
-            _write_json(
-                folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed}
-            )
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor of the output, merged in float32 and rounded."""
-        old = self.source[name]
-        file = self.base.tensors[old].file
-        try:
-            with safe_open(str(file), framework="pt") as stream:
-                tensor: torch.Tensor = stream.get_tensor(old)
-        except SafetensorError as error:
-            raise ModelError(
-                "model-truncated", t("{file} can't be read", file=file.name), where=str(file),
-                why=str(error), fix=t("download the model again"),
-            ) from None  # fmt: skip
-        if name in self.changes:
-            tensor = changed(tensor.float(), self.changes[name], self.tensors)
-        wanted = self.out_dtype(name)
-        return (tensor if wanted is None else tensor.to(wanted)).contiguous()
-
-    def write_rest(self, folder: Path) -> ChatTokenizer:
-        """Config, tokenizer, template and what else belongs to the model; ends made to agree."""
-        config = json.loads((self.base.path / "config.json").read_text(encoding="utf-8"))
-        name = str(self.dtype or FLOATS[_FORMAT_CODE[self.base.dtype]]).removeprefix("torch.")
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
-        if self.untied:
-            config["tie_word_embeddings"] = False
-            if isinstance(config.get("text_config"), dict):
-                config["text_config"]["tie_word_embeddings"] = False
-        for pattern in _CARRIED:
-            for file in sorted(self.base.path.glob(pattern)):
-                shutil.copyfile(file, folder / file.name)
-        if not (folder / "generation_config.json").is_file():
-            keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-            _write_json(
-                folder / "generation_config.json",
-                {key: config[key] for key in keys if config.get(key) is not None},
-            )
-        _write_json(folder / "config.json", config)
-        own = self.adapter.path
-        template = str(self.adapter.facts.get("template") or "model")
-        copy_tokenizer(
-            own if (own / "tokenizer.json").is_file() else self.base.path,
-            folder,
-            None if template == "model" else template,
+    tuned = load_adapter(load_model(job.base.path, torch.float32), job.adapter.path)
+    wanted = _logits(tuned, prompts)
+    del tuned
+    merged = load_model(job.base.path, torch.float32)
+    _apply(job, merged)
+    exact = _logits(merged, prompts)
+    gap = max(float((a - b).abs().max()) for a, b in zip(wanted, exact, strict=True))
+    if not gap <= MAX_GAP:  # so that NaN fails too
+        raise ProofError(
+            "proof-gap",
+            t("the merged model does not compute what base and adapter compute: logits differ by "
+              "{gap:.2g}, allowed are {limit:g}", gap=gap, limit=MAX_GAP),
+            where=str(job.adapter.path),
+            why=t("the adapter was made for another base, or does what no weight can express"),
+            fix=t("talk with it unmerged: {command}", command=f"chatfine chat {job.adapter.path}"),
+        )  # fmt: skip
+    prints = _prints(job, merged)
+    del merged
+    written = load_model(staged, torch.float32)
+    if wrong := [name for name, found in _state(written) if prints.get(name) != _print(found)]:
+        raise ProofError(
+            "proof-files",
+            t("{n} weights in the written files are not the merged ones", n=len(wrong)),
+            where=wrong[0],
+            why=t("the disk may be faulty"),
+            fix=t("try again, perhaps on another disk"),
         )
-        tokenizer = ChatTokenizer.load(folder)
-        agree_on_end(folder, tokenizer)
-        ends = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-        if "eos_token_id" in config and "eos_token_id" in ends:
-            _write_json(folder / "config.json", config | {"eos_token_id": ends["eos_token_id"]})
-        return tokenizer
-
-
-_FORMAT_CODE = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-_embedding_names = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-
-
-def changed(weight: torch.Tensor, change: Change, tensors: Tensors) -> torch.Tensor:
-    """`weight` (float32) after `change`: W + scale·B·A, with DoRA's magnitude where there is one.
-
-    DoRA (Liu et al. 2024, equation 5): each output of W + scale·B·A is brought to the length that
-    `magnitude` says.
-    """
-    if change.whole:
-        weight = tensors[change.whole].float()
-    if change.added:
-        weight = weight + change.scale * tensors[change.added].float()
-    if change.a:
-        delta = change.scale * (tensors[change.b].float() @ tensors[change.a].float())
-        weight = weight + (delta.T if change.transposed else delta)
-    if change.magnitude:
-        outputs = 0 if change.transposed else 1
-        length = torch.linalg.norm(weight, dim=outputs, keepdim=True)
-        magnitude = tensors[change.magnitude].float()
-        weight = weight * (magnitude.reshape(length.shape) / length)
-    if change.rows:
-        weight = weight.clone()
-        weight[list(change.row_ids)] = tensors[change.rows].float()
-    return weight
-
-
-def _load_adapter_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
-    file = adapter.path / "adapter_model.safetensors"
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(str(file))
-    except SafetensorError as error:
-        raise _misfit(adapter, str(error)) from None
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise _misfit(adapter, t("{name} holds numbers that are not finite", name=name))
-    return tensors
-
-
-def _check_shapes(job: _Job) -> None:
-    """Try each change on a tensor without memory, so that a misfit shows before anything is written."""
-    shapes = {name: tensor.to("meta") for name, tensor in job.tensors.items()}
-    for name, change in job.changes.items():
-        info = job.base.tensors[job.source[name]]
-        if info.dtype not in FLOATS:
-            raise _misfit(job.adapter, t("{name} of the base is quantised ({dtype})", name=name,
-                                         dtype=info.dtype))  # fmt: skip
-        try:
-            result = changed(torch.empty(info.shape, device="meta"), change, shapes)
-            fits = result.shape == info.shape
-        except (RuntimeError, IndexError):
-            fits = False
-        if not fits:
-            raise _misfit(job.adapter, t("it does not fit {name} of shape {shape}", name=name,
-                                         shape=list(info.shape)))  # fmt: skip
-
-
-def _misfit(adapter: Adapter, why: str) -> ModelError:
-    return ModelError(
-        "adapter-unusable",
-        t("the adapter in {folder} does not fit this model", folder=adapter.path),
-        where=str(adapter.path),
-        why=why,
-        fix=t("name the model that the adapter was trained on: --model BASE"),
+    rounded = _logits(written, prompts)
+    pairs = list(zip(exact, rounded, strict=True))
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
+    positions = sum(len(a) for a, _ in pairs)
+    return MergeResult(
+        dtype=job.dtype_name,
+        gap=gap,
+        rounding_gap=max(float((a - b).abs().max()) for a, b in pairs),
+        top1_agreement=same / positions,
+        positions=positions,
+        changed=len(job.changes),
+        untied=job.untied,
     )
+
+
+@torch.inference_mode()
+def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Logits (T, V) at all positions of each prompt, one after the other, so without padding."""
+    rows = (torch.tensor([list(ids)]) for ids in prompts)
+    return [model(input_ids=row, use_cache=False).logits[0] for row in rows]
+
+
+def _apply(job: Merging, model: Any) -> None:
+    """Merge in memory: put the changed weights, in float32, into the loaded base."""
+    if job.untied:
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, change in job.changes.items():
+        found = find_parameter(name, parameters)
+        if found is None:
+            raise ProofError(
+                "proof-names",
+                t("the loaded model has no parameter {name}", name=name),
+                why=t("transformers names this architecture's weights otherwise than its files do"),
+                fix=t("talk with it unmerged: {command}",
+                      command=f"chatfine chat {job.adapter.path}"),
+            )  # fmt: skip
+        weight = parameters[found]
+        weight.data = changed(weight.data, change, job.tensors)
+
+
+def _state(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.state_dict().items()
+
+
+def _prints(job: Merging, model: Any) -> dict[str, bytes]:
+    """A hash of every weight as it must stand in the files, that is after rounding."""
+    formats = {name: job.out_dtype(name) for name in job.changes}
+    prints = {}
+    for name, tensor in _state(model):
+        own = find_parameter(name, formats)
+        # an unchanged weight keeps its format, in which it came: rounding it again changes nothing
+        rounding = job.dtype or (formats[own] if own else None)
+        if rounding is not None and tensor.is_floating_point():
+            tensor = tensor.to(rounding).float()
+        prints[name] = _print(tensor)
+    return prints
+
+
+def _print(tensor: torch.Tensor) -> bytes:
+    return hashlib.blake2b(tensor.numpy().tobytes(), digest_size=16).digest()
+
+
+def _facts(job: Merging, tokenizer: ChatTokenizer, result: MergeResult) -> dict[str, Any]:
+    """Where the merged model comes from, for its chatfine.json; no paths of this machine."""
+    facts = job.adapter.facts
+    base = facts.get("base") or job.adapter.settings.get("base_model_name_or_path") or ""
+    return {
+        "chatfine": __version__,
+        "kind": "merged",
+        "base": Path(str(base)).name if Path(str(base)).is_absolute() else str(base),
+        "base_digest": job.base.digest(),
+        "adapter_sha256": hashlib.sha256(
+            (job.adapter.path / "adapter_model.safetensors").read_bytes()
+        ).hexdigest(),
+        "method": job.adapter.method,
+        "datasets": [Path(str(name)).name for name in facts.get("datasets", [])],
+        "data": facts.get("data", ""),
+        "system": facts.get("system", ""),
+        "template": "model",
+        "tokenizer_digest": tokenizer.digest,
+        "proof": asdict(result),
+    }

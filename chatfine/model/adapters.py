@@ -123,26 +123,55 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     """Put the PEFT adapter in `folder` on `model`.
 
     Raises:
-        ModelError: the adapter does not fit this model, or its folder is damaged.
+        ModelError: the adapter does not fit this model, is of another kind, or is damaged.
     """
     from peft import PeftModel
 
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise _unusable(folder, t("there is no adapter_model.safetensors in {path}", path=folder))
     try:
         wrapped = PeftModel.from_pretrained(
             model,
             str(folder),
             is_trainable=trainable,
-            autocast_adapter_dtype=False,
+            autocast_adapter_dtype=trainable,  # what goes on learning must not be rounded first
             local_files_only=True,
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise ModelError(
-            "adapter-unusable",
-            t("the adapter in {folder} does not fit this model", folder=folder),
-            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            fix=t("use the model that the adapter was trained on"),
-        ) from error
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise _unusable(folder, why) from error
+    if wrapped.peft_config["default"].is_prompt_learning:
+        raise _unusable(folder, t("it is no LoRA adapter"))
+    odd = _adapter_state(wrapped).keys() ^ _names_in(weights)
+    odd -= wrapped.state_dict().keys()  # an adapter on the embedding comes with the embedding itself
+    if odd:  # PEFT would leave out what does not match, without a word
+        raise _unusable(folder, t("{name} is not in both of them", name=min(odd)))
     return _prepare(wrapped) if trainable else wrapped.eval()
+
+
+def _unusable(folder: Path, why: str) -> ModelError:
+    return ModelError(
+        "adapter-unusable",
+        t("the adapter in {folder} does not fit this model", folder=folder),
+        why=why,
+        fix=t("use the model that the adapter was trained on"),
+    )
+
+
+def _names_in(weights: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(str(weights), "pt") as file:
+        return set(file.keys())
+
+
+def _adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under the names of its file, without a look at the hub."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state
 
 
 def save_adapter(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -150,11 +179,10 @@ def save_adapter(model: Any, folder: Path, facts: Mapping[str, Any]) -> None:
 
     Tensors and lists are written in sorted order, so equal weights give equal bytes.
     """
-    from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model)
+    state = _adapter_state(model)
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
     save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
@@ -170,7 +198,9 @@ def _plain(value: Any) -> Any:
         return sorted(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
-    return value if isinstance(value, (str, int, float, bool, list, type(None))) else str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -181,7 +211,14 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def save_model(model: Any, folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Write a fully trained model as an ordinary model folder (weights in `dtype`)."""
     causal = causal_model(model)
-    state = {name: value.detach().to(dtype).cpu() for name, value in causal.state_dict().items()}
-    causal.config.dtype = dtype
+    state, seen = {}, set()
+    for name, value in causal.state_dict().items():
+        if value.data_ptr() not in seen:  # tied weights once, under their first name
+            seen.add(value.data_ptr())
+            state[name] = value.detach().to(dtype).cpu()
     causal.save_pretrained(str(folder), state_dict=state)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")  # transformers wrote that of the masters
+    _write_json(path, config)
     _write_json(folder / "chatfine.json", dict(facts))

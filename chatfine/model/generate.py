@@ -49,9 +49,10 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt; one batch, so the caller decides how many go together.
 
-    Prompts of similar length together waste least. A row ends at a stop id (not part of the answer),
-    after `max_new_tokens`, or where the model's positions end; it then leaves the batch and costs
-    nothing more. Random draws depend only on the seed, the row and the position, not on the device.
+    Prompts of similar length together waste least. A row ends at a stop id (not part of the
+    answer), after `max_new_tokens`, or where the model's positions end; it then leaves the batch
+    and costs nothing more. Random draws depend on the seed, the row and the position, not on the
+    device.
 
     Args:
         model: a transformers causal language model, or a peft model around one.
@@ -100,12 +101,14 @@ def _check_prompt(tokens: int, limit: int | None) -> None:
         )  # fmt: skip
 
 
-class _RoomyLayer(DynamicLayer):
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]  # the library is not typed
     """A cache layer that writes new tokens into spare room instead of copying all old ones.
 
     `keys` and `values` are the used part of larger buffers, so all else of DynamicLayer holds.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
     room: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -228,7 +231,8 @@ class _Decoding:
             type(layer) is not _RoomyLayer for layer in self.cache.layers
         ):
             return 0
-        low, high = min(self.prompts), max(self.prompts)
+        ordered = sorted(list(prompt) for prompt in self.prompts)
+        low, high = ordered[0], ordered[-1]
         shared = 0
         while shared < min(len(low), len(high)) and low[shared] == high[shared]:
             shared += 1
@@ -248,7 +252,8 @@ class _Decoding:
         self.positions = self.positions[:, -1:] + 1
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        return output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
 
     def _drop_others(self, keep: list[int], chosen: torch.Tensor) -> torch.Tensor:
         places = torch.tensor(keep, device=self.device)

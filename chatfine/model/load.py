@@ -55,7 +55,6 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:

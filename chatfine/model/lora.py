@@ -59,7 +59,8 @@ class _Fused:
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         module, name = self.module, self.name
-        if module.disable_adapters or module.merged or args or kwargs:
+        plain = not (module.disable_adapters or module.merged or args or kwargs)
+        if not plain or module.active_adapters != [name]:
             result: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
             return result
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
@@ -101,6 +102,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = torch.mm(flat, weight)
             grad_x.addmm_(grad_inner, a_low)
             grad_x = grad_x.view(*grad.shape[:-1], -1)
-        grad_a = torch.mm(grad_inner.t(), rows).float()
-        grad_b = torch.mm(flat.t(), inner).float().mul_(ctx.scale)
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        grad_a = torch.mm(grad_inner.t(), rows).to(wide)
+        grad_b = torch.mm(flat.t(), inner).to(wide).mul_(ctx.scale)
         return grad_x, None, grad_a, grad_b, None

@@ -91,8 +91,7 @@ class CheckpointStore:
         for file in files:
             _fsync(file)
         _fsync_folder(staging)
-        if final.exists():  # the same step again, after a resume from before it
-            shutil.rmtree(final)
+        self._remove(final)  # the same step again, after a resume from before it
         staging.rename(final)
         _fsync_folder(self.folder)
         if sys.platform == "win32":
@@ -104,7 +103,7 @@ class CheckpointStore:
         """The newest valid checkpoint (None if there is none), and name and fault of those
         skipped."""
         skipped: list[tuple[str, str]] = []
-        for path in sorted(self.folder.glob(f"{PREFIX}*"), reverse=True):
+        for path in self._present():
             fault = check(path)
             if fault is None:
                 return self.read(path), skipped
@@ -128,36 +127,59 @@ class CheckpointStore:
 
     def _prune(self, newest: int, best: int) -> None:
         kept = 0
-        for path in sorted(self.folder.glob(f"{PREFIX}*"), reverse=True):
+        for path in self._present():
             step = int(path.name.removeprefix(PREFIX))
             if step > newest:  # of a future that a resume from an older checkpoint undid
-                shutil.rmtree(path, ignore_errors=True)
+                self._remove(path)
             elif kept < self.keep:
                 kept += 1
             elif step != best:
-                shutil.rmtree(path, ignore_errors=True)
+                self._remove(path)
+
+    def _present(self) -> list[Path]:
+        """The folders of checkpoints, newest first; nothing that someone else put beside them."""
+        found = self.folder.glob(f"{PREFIX}*")
+        return sorted(
+            (path for path in found if path.name.removeprefix(PREFIX).isdigit()), reverse=True
+        )
+
+    def _remove(self, path: Path) -> None:
+        """Delete a checkpoint without ever leaving half of it under its name."""
+        if path.exists():
+            aside = path.with_name(f"{STAGING}old-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def check(path: Path) -> str | None:
     """What is wrong with the checkpoint in `path`, as a sentence; None if nothing is."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        text = (path / "manifest.json").read_text(encoding="utf-8")
+        facts = {name: (one["bytes"], one["sha256"]) for name, one in json.loads(text).items()}
     except FileNotFoundError:
         return t("it has no manifest, so it was never finished")
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return t("its manifest can't be read")
-    if "state.json" not in manifest:
+    if "state.json" not in facts:
         return t("its manifest can't be read")
-    for name, facts in manifest.items():
+    try:
+        return _compare(path, facts)
+    except OSError as error:
+        return str(error)
+
+
+def _compare(path: Path, manifest: Mapping[str, tuple[int, str]]) -> str | None:
+    for name, (size, digest) in manifest.items():
         file = path / name
         if not file.is_file():
             return t("{name} is missing", name=name)
-        if file.stat().st_size != facts["bytes"]:
+        if file.stat().st_size != size:
             return t(
                 "{name} has {n} bytes instead of {expected}",
-                name=name, n=file.stat().st_size, expected=facts["bytes"],
+                name=name, n=file.stat().st_size, expected=size,
             )  # fmt: skip
-        if _sha256(file) != facts["sha256"]:
+        if _sha256(file) != digest:
             return t("the content of {name} has changed", name=name)
     if sys.platform == "win32" and not (path / MARKER).exists():
         return t("it has no manifest, so it was never finished")

@@ -26,6 +26,11 @@ PACKED_ROWS_WORTH = 200
 rarer."""
 
 
+ASKED = ("dtype", "batch_size", "accumulate", "packing", "checkpointing")
+"""The settings that the decisions follow from: where they changed before the first checkpoint, all
+is decided anew."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decisions:
     """What `auto` came to. Kept in the run folder, so that a resumed run computes the same way."""
@@ -52,16 +57,19 @@ def decide(prepared: Prepared, shapes: Shapes, device: torch.device) -> Decision
         ResourceError: nothing that was left open makes the run fit.
     """
     kept = prepared.run / "decisions.json"
-    if kept.is_file():
-        return Decisions(**json.loads(kept.read_text(encoding="utf-8")))
     config = prepared.config
+    asked = {name: getattr(config, name) for name in ASKED}
+    if kept.is_file():
+        earlier = json.loads(kept.read_text(encoding="utf-8"))
+        if earlier["asked"] == asked:
+            return Decisions(**earlier["decided"])
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     packing = _packing(prepared, device)
     rows = config.batch_size or (1 if packing else EXAMPLES_A_STEP)
     checkpointing = config.checkpointing == "full"
     wanted = Decisions(device.type, dtype, rows, config.accumulate, packing, checkpointing)
     decisions = _fit(prepared, shapes, device, wanted)
-    write_json(kept, dataclasses.asdict(decisions))
+    write_json(kept, {"asked": asked, "decided": dataclasses.asdict(decisions)})
     return decisions
 
 
@@ -94,7 +102,7 @@ def _fit(prepared: Prepared, shapes: Shapes, device: torch.device, wanted: Decis
         "out-of-memory",
         t("the run needs about {need:.1f} GB of memory; {free:.1f} GB can be used",
           need=need / 1e9, free=free / 1e9),
-        fix=planning.remedies(shapes, work, free, options[-1].rows),
+        fix=planning.remedies(shapes, work, free, options[-1].rows, options[-1].accumulate),
     )  # fmt: skip
 
 
@@ -110,9 +118,9 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
     if config.max_steps:
         units = tokens / prepared.max_length if decisions.packing else len(lengths)
         epochs = config.max_steps * decisions.rows * decisions.accumulate / max(1.0, units)
-    targets = () if config.targets == "all-linear" else tuple(config.targets.split(","))
     return planning.Work(
-        method=config.method, rank=config.rank, targets=targets,
+        method=config.method, rank=config.rank,
+        targets=planning.targets_of(config.targets),
         freeze_layers=config.freeze_layers,
         dtype_bytes=4 if decisions.dtype == "float32" else 2, device=decisions.device,
         checkpointing=decisions.checkpointing, micro_tokens=micro,

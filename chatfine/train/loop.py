@@ -50,7 +50,7 @@ class Progress:
 
     def note_evaluation(self, val_loss: float) -> bool:
         """Record an evaluation at the present step; True if it is the best so far."""
-        if self.best_loss is None or val_loss < self.best_loss:
+        if math.isfinite(val_loss) and (self.best_loss is None or val_loss < self.best_loss):
             self.best_loss, self.best_step = val_loss, self.step
             self.evaluations_without_gain = 0
             return True
@@ -164,7 +164,8 @@ class Trainer:
                 self.parameters.values(), self.clip or math.inf, foreach=self.device.type != "mps"
             )
         )
-        if not math.isfinite(norm) and not scaler.is_enabled():  # fp16: the scaler skips the step
+        # in fp16 the scaler skips the step and halves its scale, which a real fault outlasts
+        if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             raise self._not_finite(t("the gradient"), norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,14 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8", newline="\n")
 
     def write(self, report: StepReport) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(report.as_dict()) + "\n")
+        """Append one line; numbers that JSON can't hold (a gradient norm that overflowed in fp16)
+        are left out."""
+        values = {
+            name: value
+            for name, value in report.as_dict().items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        self._file.write(json.dumps(values) + "\n")
         self._file.flush()
 
     def sync(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,13 +114,32 @@ class Plan:
 
 def trained_parameters(shapes: Shapes, work: Work) -> int:
     """How many numbers learn."""
-    if work.method == "full":
+    return learning_parameters(shapes, work.method, work.rank, work.targets, work.freeze_layers)
+
+
+def learning_parameters(
+    shapes: Shapes, method: str, rank: int, targets: Sequence[str], freeze_layers: int
+) -> int:
+    """How many numbers learn under a method; empty `targets` are all linears."""
+    if method == "full":
         return shapes.parameters
-    if work.method == "freeze":
-        return round(shapes.body_parameters * work.freeze_layers / shapes.layers)
-    chosen = {n: v for n, v in shapes.linears.items() if not work.targets or n in work.targets}
-    extra = sum(out * count for out, _, count in chosen.values()) if work.method == "dora" else 0
-    return extra + sum(work.rank * (out + into) * count for out, into, count in chosen.values())
+    if method == "freeze":
+        return round(shapes.body_parameters * freeze_layers / shapes.layers)
+    chosen = {n: v for n, v in shapes.linears.items() if not targets or n in targets}
+    extra = sum(out * count for out, _, count in chosen.values()) if method == "dora" else 0
+    return extra + sum(rank * (out + into) * count for out, into, count in chosen.values())
+
+
+def targets_of(targets: str) -> tuple[str, ...]:
+    """The names in `--targets`; empty for all linears."""
+    names = () if targets == "all-linear" else targets.split(",")
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def disk_bytes(learning: int, keep: int) -> float:
+    """Weights and two moments in float32 for each checkpoint that stays, the best and the one
+    being written, and the result."""
+    return learning * 12 * (keep + 2) + learning * 4
 
 
 def _activations_a_token(shapes: Shapes, work: Work) -> float:
@@ -163,14 +182,13 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
     weights = frozen * work.dtype_bytes
     if work.method in ("full", "freeze"):
         weights += learning * (4 + (work.dtype_bytes if work.dtype_bytes < 4 else 0))
-    saved = learning * 12 * (work.keep + 1)
     return Plan(
         weights_bytes=weights,
         training_bytes=learning * (12 if work.method in ("full", "freeze") else 16),
         activation_bytes=(kept + transient) * work.micro_tokens,
         logits_bytes=3 * block + states,
         overhead_bytes=OVERHEAD_BYTES[work.device],
-        disk_bytes=saved + learning * 4,
+        disk_bytes=disk_bytes(learning, work.keep),
         flop=_flop(shapes, work),
         trained_parameters=learning,
     )
@@ -223,7 +241,9 @@ def free_memory_bytes(device: torch.device, limit_gb: float = 0) -> float:
     return float(free) * USABLE[device.type]
 
 
-def remedies(shapes: Shapes, work: Work, free_bytes: float, rows: int) -> list[str]:
+def remedies(
+    shapes: Shapes, work: Work, free_bytes: float, rows: int, accumulate: int = 1
+) -> list[str]:
     """What to change so that the run fits, cheapest first; each one is checked against the plan."""
     change = dataclasses.replace
     options: list[tuple[Work, str]] = []
@@ -234,9 +254,9 @@ def remedies(shapes: Shapes, work: Work, free_bytes: float, rows: int) -> list[s
     if rows > 1:
         one = change(work, micro_tokens=max(work.longest, work.micro_tokens // rows),
                    micro_labels=max(1, work.micro_labels // rows))  # fmt: skip
-        options.append((one, t("--batch-size 1 --accumulate {rows} (same result)", rows=rows)))
-        both = t("--batch-size 1 --accumulate {rows} --checkpointing full", rows=rows)
-        options.append((change(one, checkpointing=True), both))
+        smaller = f"--batch-size 1 --accumulate {rows * accumulate}"
+        options.append((one, t("{flags} (same result)", flags=smaller)))
+        options.append((change(one, checkpointing=True), f"{smaller} --checkpointing full"))
     if work.dtype_bytes == 4 and work.device != "cpu":
         options.append((change(work, dtype_bytes=2), "--dtype bf16"))
     if work.method in ("full", "freeze"):

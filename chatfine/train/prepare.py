@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatfine import __version__
+from chatfine.data import builtin
 from chatfine.data.examples import DataSettings, Splits, load_examples
 from chatfine.errors import OutputError, ResourceError, UsageError
 from chatfine.hub.catalog import find_model
@@ -19,14 +20,16 @@ from chatfine.hub.folder import ModelFolder, check_vocabulary, read_model_folder
 from chatfine.i18n import t
 from chatfine.runtime import home
 from chatfine.tokenizer.encode import ChatTokenizer
-from chatfine.train.plan import free_disk_bytes
+from chatfine.train import plan as planning
 
 if TYPE_CHECKING:
     from chatfine.config import TrainConfig
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
+LOCK_FILE = ".lock"
 DEFAULT_LENGTH = 2048
+TEMPLATES = ("model", "plain")
 CANARIES = ("Hello  world, it's 2024!\n", "你好，世界。😀", "a  1\t2")
 """Texts whose ids are kept beside an adapter: a tokenizer that encodes them otherwise is
 noticed."""
@@ -83,13 +86,19 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
             return os.path.abspath(path) + (f":{function}" if function else "")
         return name
 
+    def file(name: str) -> str:
+        return os.path.abspath(name) if os.path.isfile(name) else name
+
+    # a word that means something is not the folder of that name that happens to lie here
+    model_here = os.path.isfile(os.path.join(config.model, "config.json"))
+
     output = config.output or datetime.datetime.now().strftime("run-%Y%m%d-%H%M%S")
     changes = {
-        "model": absolute(config.model),
-        "dataset": tuple(absolute(name) for name in config.dataset),
-        "validation": absolute(config.validation),
+        "model": os.path.abspath(config.model) if model_here else config.model,
+        "dataset": tuple(n if n in builtin.TABLE else absolute(n) for n in config.dataset),
+        "validation": file(config.validation),
         "adapter": absolute(config.adapter),
-        "template": absolute(config.template),
+        "template": config.template if config.template in TEMPLATES else file(config.template),
         "output": os.path.abspath(output),
     }
     return config.model_copy(update=changes)
@@ -138,7 +147,8 @@ def check_output(run: Path, overwrite: bool) -> None:
         return
     if not run.is_dir():
         raise OutputError("output-is-file", t("{path} is a file", path=run), where="--output")
-    if not any(run.iterdir()):
+    unfinished = {LOCK_FILE, f".{CONFIG_FILE}"}  # of a run killed before it had its config.yaml
+    if all(entry.name in unfinished for entry in run.iterdir()):
         return
     is_run = (run / CONFIG_FILE).is_file()
     if is_run and overwrite:
@@ -162,13 +172,27 @@ def check_output(run: Path, overwrite: bool) -> None:
     )
 
 
+def needed_disk_bytes(prepared: Prepared) -> float:
+    """What checkpoints and result will take, known from the shapes in the files alone."""
+    model, config = prepared.model, prepared.config
+    shapes = planning.Shapes.of(
+        model.text_config, {name: one.shape for name, one in model.tensors.items()},
+        model.parameters,
+    )  # fmt: skip
+    learning = planning.learning_parameters(
+        shapes, config.method, config.rank, planning.targets_of(config.targets),
+        config.freeze_layers,
+    )  # fmt: skip
+    return planning.disk_bytes(learning, config.keep)
+
+
 def check_disk(run: Path, needed_bytes: float) -> None:
     """Refuse a run whose checkpoints would not fit.
 
     Raises:
         ResourceError: with both sizes.
     """
-    free = free_disk_bytes(run)
+    free = planning.free_disk_bytes(run)
     if free < needed_bytes:
         raise ResourceError(
             "disk-full",
@@ -179,19 +203,26 @@ def check_disk(run: Path, needed_bytes: float) -> None:
 
 
 def create_run(prepared: Prepared) -> None:
-    """Make the run folder and write config.yaml, before torch is imported.
+    """Empty the run folder and write config.yaml, before torch is imported; the lock is held.
 
     A run that is killed in its first second can then be resumed from step 0.
     """
     from chatfine.config import dump_yaml
 
     run = prepared.run
-    if prepared.config.overwrite and (run / CONFIG_FILE).is_file():
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
+    clear_run(run)
     staged = run / f".{CONFIG_FILE}"
     dump_yaml(prepared.config.model_copy(update={"overwrite": False}), staged)
     os.replace(staged, run / CONFIG_FILE)
+
+
+def clear_run(run: Path) -> None:
+    """Remove what is in a run folder, except its lock; config.yaml, which makes it a run, last."""
+    for entry in sorted(run.iterdir(), key=lambda path: path.name == CONFIG_FILE):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK_FILE:
+            entry.unlink()
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

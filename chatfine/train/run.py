@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatfine import console
-from chatfine.errors import Interrupted, OutputError, Stopped
+from chatfine.errors import Interrupted, OutputError, Refused, Stopped
 from chatfine.i18n import t
 from chatfine.train.prepare import (
     CONFIG_FILE,
+    LOCK_FILE,
     RESULT_FILE,
     Prepared,
     check_disk,
     check_output,
     create_run,
+    needed_disk_bytes,
     prepare,
     resolve_paths,
     write_json,
@@ -43,10 +45,18 @@ def train(config: TrainConfig) -> dict[str, Any]:
     began = time.perf_counter()
     check_output(Path(resolve_paths(config).output), config.overwrite)
     prepared = prepare(config)
-    check_disk(prepared.run, 0)
-    create_run(prepared)
-    with lock(prepared.run):
-        return execute(prepared, began)
+    run = prepared.run
+    check_disk(run, needed_disk_bytes(prepared))
+    run.mkdir(parents=True, exist_ok=True)
+    with lock(run):
+        check_output(run, config.overwrite)  # another process may have come first
+        create_run(prepared)
+        try:
+            return execute(prepared, began)
+        except Refused:
+            if not (run / "checkpoints").exists():  # nothing was learned: leave nothing behind
+                shutil.rmtree(run, ignore_errors=True)
+            raise
 
 
 def resume(config: ResumeConfig) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def lock(run: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     try:
-        with FileLock(str(run / ".lock"), timeout=0):
+        with FileLock(str(run / LOCK_FILE), timeout=0):
             yield
     except Timeout:
         raise OutputError(
@@ -100,17 +110,25 @@ def lock(run: Path) -> Iterator[None]:
 
 def execute(prepared: Prepared, began: float) -> dict[str, Any]:
     """Train from where the run stands to its end and write what comes out of it."""
-    from chatfine.train.session import Session
+    try:
+        from chatfine.train.session import Session
 
-    console.heading(t("Data"))
-    prepared.data.report.show()
-    session = Session(prepared)
-    session.show_plan()
-    session.restore()
-    reason = session.train()
-    if reason == "stopped":
-        raise _stopped(session)
-    return finish(session, reason, time.perf_counter() - began)
+        console.heading(t("Data"))
+        prepared.data.report.show()
+        session = Session(prepared)
+        session.show_plan()
+        session.restore()
+        reason = session.train()
+        if reason == "stopped":
+            raise _stopped(session)
+        return finish(session, reason, time.perf_counter() - began)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted",
+            t("stopped by Ctrl-C"),
+            where=str(prepared.run),
+            fix=t("go on: {command}", command=f"chatfine resume {prepared.run}"),
+        ) from None
 
 
 def _stopped(session: Session) -> Stopped | Interrupted:

@@ -14,7 +14,7 @@ from chatfine.errors import ModelError, ResourceError, UsageError
 from chatfine.evaluate.loss import evaluate_loss
 from chatfine.hub.folder import resolve_source
 from chatfine.i18n import t
-from chatfine.model import adapters, fast
+from chatfine.model import adapters, documents, fast
 from chatfine.model.load import load_model
 from chatfine.runtime import pick_device, set_seed
 from chatfine.train import plan as planning
@@ -42,6 +42,7 @@ class Session:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         config = self.config = prepared.config
+        set_seed(config.seed, config.deterministic)  # before a GPU library reads its settings
         self.device = pick_device(config.device)
         self.world = 1
         shapes = planning.Shapes.of(
@@ -54,7 +55,7 @@ class Session:
         decisions = self.decisions
         self.batches = Batches(
             prepared.data.train, config.mix, config.seed, decisions.rows, decisions.accumulate,
-            decisions.packing, prepared.max_length,
+            decisions.packing, prepared.max_length, share=not decisions.packing,
         )  # fmt: skip
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
@@ -118,6 +119,7 @@ class Session:
         set_seed(config.seed, config.deterministic)
         self.store.clear_staging()
         model = load_model(self.prepared.model.path, decisions.torch_dtype, self.device)
+        documents.check(model)
         self.model = self._attach(model)
         if decisions.checkpointing:
             fast.causal_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -224,7 +226,8 @@ class Session:
                 t("the longest batch ({n} tokens) does not fit into the device's memory",
                   n=self.batches.longest().tokens),
                 why=str(error).splitlines()[0],
-                fix=planning.remedies(self.shapes, work, free, self.decisions.rows),
+                fix=planning.remedies(self.shapes, work, free, self.decisions.rows,
+                                      self.decisions.accumulate),
             ) from None  # fmt: skip
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -237,7 +240,9 @@ class Session:
             return None
         capacity = max(self.prepared.max_length, 2048)
         with self.precision.context():
-            result = evaluate_loss(self.model, in_order(validation, capacity), self.device)
+            result = evaluate_loss(
+                self.model, in_order(validation, capacity, share=True), self.device
+            )
         return result.loss
 
     def save(self) -> None:
@@ -284,4 +289,6 @@ class Session:
         stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = stored.get(self.prepared.model.dtype, torch.float32)
         adapters.save_model(self.model, folder, facts, dtype)
-        copy_tokenizer(self.prepared.model.path, folder)
+        custom = self.config.template != "model"
+        template = self.prepared.tokenizer.template if custom else None
+        copy_tokenizer(self.prepared.model.path, folder, template)

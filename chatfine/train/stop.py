@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType
@@ -35,4 +36,5 @@ class StopSignal:
         if self.requested is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = number
-        warn(t("stopping after this micro-batch and saving (Ctrl-C again: at once)"))
+        with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
+            warn(t("stopping after this micro-batch and saving (Ctrl-C again: at once)"))

@@ -83,8 +83,9 @@ class Trackers:
     def close(self) -> None:
         """Let the trackers finish, but not for longer than CLOSE_SECONDS."""
         if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join(CLOSE_SECONDS)
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=CLOSE_SECONDS)
+                self._thread.join(CLOSE_SECONDS)
 
     def _work(self, names: list[str], run: Path, config: dict[str, Any]) -> None:
         open_trackers: dict[str, tuple[Log, Callable[[], None]]] = {}

@@ -73,7 +73,8 @@ def test_split_takes_the_last_answer_off() -> None:
     asked, wanted = split_dialogue(dialogue("a", "b", "c", "d"))
     assert [message.content for message in asked] == ["a", "b", "c"]
     assert wanted == "d"
-    for bad in (dialogue("a"), dialogue("a", "b", "c"), Dialogue((Message("user", "x"),), plain=True)):
+    plain = Dialogue((Message("user", "x"),), plain=True)
+    for bad in (dialogue("a"), dialogue("a", "b", "c"), plain):
         with pytest.raises(DataError) as error:
             split_dialogue(bad)
         assert error.value.code == "no-answer-to-compare"

@@ -22,7 +22,10 @@ def model(tiny: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
 
 
-def theirs(model: torch.nn.Module, prompts: list[list[int]], tokens: int, stop: int) -> list[list[int]]:
+Ids = list[list[int]]
+
+
+def theirs(model: torch.nn.Module, prompts: Ids, tokens: int, stop: int) -> Ids:
     """What transformers' generate answers to a left-padded batch, without stop and pad."""
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
@@ -45,7 +48,7 @@ def common_stop(model: torch.nn.Module) -> int:
     return counts.most_common(1)[0][0]
 
 
-def test_greedy_equals_transformers_in_a_padded_batch_with_early_ends(model: torch.nn.Module) -> None:
+def test_greedy_equals_transformers_with_padding_and_early_ends(model: torch.nn.Module) -> None:
     stop = common_stop(model)
     ours = generate(model, PROMPTS, [stop], Sampling(max_new_tokens=24))
     assert ours == theirs(model, PROMPTS, 24, stop)
@@ -58,7 +61,9 @@ def test_a_batch_answers_as_each_prompt_alone(model: torch.nn.Module) -> None:
     assert batch == alone == [theirs(model, [prompt], 16, 399)[0] for prompt in PROMPTS]
 
 
-def test_a_shared_prefix_changes_nothing(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_prefix_changes_nothing(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prefix = [1, *range(100, 140)]
     prompts = [prefix + rest for rest in ([5], [6, 7, 8, 9], [5, 6])]
     seen: list[tuple[int, ...]] = []
@@ -93,7 +98,8 @@ def test_finished_rows_leave_the_batch(model: torch.nn.Module) -> None:
 
 def test_the_prompt_computes_logits_for_its_last_position_only(model: torch.nn.Module) -> None:
     positions: list[int] = []
-    hook = model.lm_head.register_forward_pre_hook(lambda _, args: positions.append(args[0].shape[1]))
+    head = model.lm_head
+    hook = head.register_forward_pre_hook(lambda _, args: positions.append(args[0].shape[1]))
     generate(model, PROMPTS, [], Sampling(max_new_tokens=3))
     hook.remove()
     assert positions == [1, 1, 1]
@@ -145,7 +151,10 @@ def test_repetition_penalty_equals_transformers(model: torch.nn.Module) -> None:
     assert ours[0] == full[0, len(PROMPTS[0]) :].tolist()
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (20, 1.0), (0, 0.6), (20, 0.6), (0, 0.9999)])
+FILTERS = [(0, 1.0), (20, 1.0), (0, 0.6), (20, 0.6), (0, 0.9999)]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
 def test_draws_follow_the_filtered_distribution(top_k: int, top_p: float) -> None:
     """10,000 stratified draws against the probabilities that transformers' warpers leave."""
     from transformers import TopKLogitsWarper, TopPLogitsWarper

@@ -1,0 +1,60 @@
+"""Where a finished model folder may go, and how it gets there whole. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from chatfine.errors import OutputError
+from chatfine.i18n import t
+
+
+def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a place that is taken; `overwrite` allows to replace a model folder, nothing else.
+
+    Args:
+        output: the folder to write.
+        overwrite: whether a model folder there may go.
+        inputs: folders that are read and so must stay.
+
+    Raises:
+        OutputError: naming --overwrite where it would help.
+    """
+    place = output.resolve()
+    for source in inputs:
+        if place == source.resolve() or place in source.resolve().parents:
+            raise OutputError(
+                "output-is-input",
+                t("{path} holds what is being read", path=output),
+                where="--output",
+                fix=t("name a new folder"),
+            )
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if not output.exists():
+        return
+    replaceable = (output / "config.json").is_file() and not (output / "config.yaml").is_file()
+    if overwrite and replaceable:
+        return
+    raise OutputError(
+        "output-not-empty",
+        t("the folder {path} is not empty", path=output),
+        where="--output",
+        why=None if replaceable else t("it is not a model folder, so it is never replaced"),
+        fix=t("name a new folder, or add --overwrite") if replaceable else t("name a new folder"),
+    )
+
+
+def put_in_place(staged: Path, output: Path) -> None:
+    """One rename; what was there goes away only when the new folder is complete."""
+    for file in staged.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    old = output.with_name(f".{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    staged.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

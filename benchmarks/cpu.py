@@ -1,7 +1,6 @@
 """The same LoRA run on a CPU with chatfine and with TRL's SFTTrainer: tokens per second and memory.
 
-Every system runs in a process of its own, one after the other, on the same rows, with the same
-adapter, learning rate, schedule and number of threads. See benchmarks/README.md.
+Each runs in a process of its own, on the same rows with the same settings: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import time
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from chatfine import console
@@ -40,6 +40,8 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 """What each peer sets beside the common settings of `train_trl`."""
 LIBRARIES = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
+COLUMNS = ("system", "dtype", "train s", "whole s", "train tok/s", "whole tok/s", "peak GiB",
+           "loss", "× best peer")  # fmt: skip
 Run = dict[str, Any]
 """system, dtype, train_seconds, whole_seconds (process start to end), peak_bytes, loss, and the
 non-padding tokens per second of both times."""
@@ -47,8 +49,8 @@ non-padding tokens per second of both times."""
 
 def messages_of(row: dict[str, str]) -> list[Message]:
     """The dialogue that both sides train on."""
-    answer = RESPONSE.format_map(row)
-    return [Message("user", PROMPT.format_map(row)), Message("assistant", answer)]
+    question, answer = PROMPT.format_map(row), RESPONSE.format_map(row)
+    return [Message("user", question), Message("assistant", answer)]
 
 
 def write_rows(source: Path, model: Path, count: int, target: Path) -> int:
@@ -85,9 +87,9 @@ def run_child(command: list[str], work: Path, threads: int) -> tuple[dict[str, A
     if child.returncode != 0:
         tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
         sys.exit(f"{tail}\n{' '.join(command)}\nended with code {child.returncode}")
-    unit = 1 if platform.system() == "Darwin" else 1024
-    last = out.read_text(encoding="utf-8").strip().splitlines()[-1]
-    return json.loads(last), {"whole_seconds": seconds, "peak_bytes": usage.ru_maxrss * unit}
+    peak = usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    last = out.read_text(encoding="utf-8").strip().split("\n")[-1]
+    return json.loads(last), {"whole_seconds": seconds, "peak_bytes": peak}
 
 
 def measure_ours(model: Path, rows: Path, work: Path, threads: int) -> Run:
@@ -97,18 +99,17 @@ def measure_ours(model: Path, rows: Path, work: Path, threads: int) -> Run:
         --max-length {MAX_LENGTH} --batch-size {BATCH} --rank {RANK} --alpha {ALPHA}
         --targets {",".join(TARGETS)} --learning-rate {LEARNING_RATE} --scheduler {SCHEDULER}
         --warmup {WARMUP}""".split()
-    command += ["--model", str(model), "--dataset", str(rows), "--output", str(run)]
-    command += ["--prompt", PROMPT, "--response", RESPONSE]
+    command += ["--model", str(model), "--dataset", str(rows), "--output", str(run), "--prompt",
+                PROMPT, "--response", RESPONSE]  # fmt: skip
     result, facts = run_child([sys.executable, *command], work, threads)
     if not (run / "adapter/adapter_model.safetensors").is_file():
         sys.exit(f"no adapter was saved in {run}")
-    decisions = json.loads((run / "decisions.json").read_text(encoding="utf-8"))
+    decided = json.loads((run / "decisions.json").read_text(encoding="utf-8"))["decided"]
     log = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [row["loss"] for row in map(json.loads, log) if "loss" in row]
-    dtype = {"bfloat16": "bf16", "float32": "fp32"}[decisions["dtype"]]
+    dtype = {"bfloat16": "bf16", "float32": "fp32"}[decided["dtype"]]
     return facts | {"system": "chatfine", "dtype": dtype, "train_seconds": result["seconds"],
-                    "total_seconds": result["total_seconds"],
-                    "loss": sum(losses) / len(losses)}  # fmt: skip
+                    "total_seconds": result["total_seconds"], "loss": fmean(losses)}  # fmt: skip
 
 
 def measure_peer(job: dict[str, str], tokens: int, work: Path, threads: int) -> Run:
@@ -117,7 +118,7 @@ def measure_peer(job: dict[str, str], tokens: int, work: Path, threads: int) -> 
     result, facts = run_child(command, work, threads)
     if (result["tokens"], result["threads"]) != (tokens, threads):
         sys.exit(f"not the same work: {result}, chatfine has {tokens} tokens, {threads} threads")
-    return {key: job[key] for key in ("system", "dtype")} | result | facts
+    return {"system": job["system"], "dtype": job["dtype"]} | result | facts
 
 
 def train_trl(job: dict[str, str]) -> dict[str, Any]:
@@ -131,6 +132,7 @@ def train_trl(job: dict[str, str]) -> dict[str, Any]:
     bf16 = job["dtype"] == "bf16"
     with open(job["rows"], encoding="utf-8") as file:
         dialogues = [[one.as_dict() for one in messages_of(json.loads(line))] for line in file]
+    examples = [{"prompt": one[:-1], "completion": one[-1:]} for one in dialogues]
     settings: dict[str, Any] = {
         "output_dir": job["output"], "per_device_train_batch_size": BATCH, "num_train_epochs": 1,
         "learning_rate": LEARNING_RATE, "lr_scheduler_type": SCHEDULER, "warmup_steps": WARMUP,
@@ -142,9 +144,7 @@ def train_trl(job: dict[str, str]) -> dict[str, Any]:
     trainer = SFTTrainer(
         model=job["model"],
         args=SFTConfig(**(settings | PEERS[job["system"]])),
-        train_dataset=Dataset.from_list(
-            [{"prompt": one[:-1], "completion": one[-1:]} for one in dialogues]
-        ),
+        train_dataset=Dataset.from_list(examples),
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=TARGETS,
                                task_type="CAUSAL_LM"),
     )  # fmt: skip
@@ -152,12 +152,9 @@ def train_trl(job: dict[str, str]) -> dict[str, Any]:
     result = trainer.train()
     seconds = time.perf_counter() - began
     trainer.save_model()
-    return {
-        "train_seconds": seconds,
-        "loss": result.training_loss,
-        "tokens": sum(len(ids) for ids in trainer.train_dataset["input_ids"]),
-        "threads": torch.get_num_threads(),
-    }
+    tokens = sum(len(ids) for ids in trainer.train_dataset["input_ids"])
+    return {"train_seconds": seconds, "loss": result.training_loss, "tokens": tokens,
+            "threads": torch.get_num_threads()}  # fmt: skip
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
@@ -179,8 +176,7 @@ def show(runs: list[Run], machine: dict[str, Any]) -> dict[str, float]:
     console.say(f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
                 f"load {machine['load_before']} before; {libraries}")  # fmt: skip
     line = "| {:16} | {:>5} | {:>8} | {:>8} | {:>11} | {:>11} | {:>8} | {:>6} | {:>11} |"
-    console.say(line.format("system", "dtype", "train s", "whole s", "train tok/s", "whole tok/s",
-                            "peak GiB", "loss", "× best peer"))  # fmt: skip
+    console.say(line.format(*COLUMNS))
     console.say(line.format("---", *["--:"] * 8))
     for run in runs:
         share = f"{run['train_tok_s'] / best:.2f}" if best else "-"
@@ -223,11 +219,10 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure ours, then each peer in each number format, and compare."""
+    """Measure ours and each peer in each number format, and compare."""
     options = arguments()
     if options.child:
-        print(json.dumps(train_trl(json.loads(options.child))), flush=True)
-        return
+        return print(json.dumps(train_trl(json.loads(options.child))), flush=True)
     try:
         model = find_model(options.model).resolve()
     except ChatfineError as error:
@@ -238,8 +233,8 @@ def main() -> None:
         tokens = write_rows(options.data, model, options.rows, rows)
         runs = [measure_ours(model, rows, work, options.threads)]
         for system, dtype in product(options.peers, options.dtypes):
-            job = {"system": system, "dtype": dtype, "model": str(model), "rows": str(rows)}
-            job["output"] = str(work / "trl")
+            job = {"system": system, "dtype": dtype, "model": str(model), "rows": str(rows),
+                   "output": str(work / "trl")}  # fmt: skip
             runs.append(measure_peer(job, tokens, work, options.threads))
     for run in runs:
         run |= {f"{name}_tok_s": tokens / run[f"{name}_seconds"] for name in ("train", "whole")}

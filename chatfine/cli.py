@@ -21,6 +21,7 @@ from chatfine import __version__, console, helptext
 from chatfine.errors import Bug, ChatfineError, Interrupted, ResourceError, UsageError, did_you_mean
 from chatfine.flags import RECIPE, Command, check_names, flags_of, missing, parse, split_switches
 from chatfine.i18n import t
+from chatfine.runtime import be_polite_on_cores
 
 if TYPE_CHECKING:
     from chatfine.config import Config
@@ -83,6 +84,7 @@ def call(name: str, values: dict[str, Any], where: str | None = None) -> dict[st
     """Run the command `name` with these settings and return its result (the core of every face)."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    be_polite_on_cores()
     command = COMMANDS[name]
     cls = command.config_class()
     check_names(flags_of(cls), values, where)

@@ -102,9 +102,7 @@ def _load(opened: Sequence[Opened], config: ChatConfig) -> list[Speaker]:
                 Speaker(name, model, one.tokenizer, sampling, adapter_off=place != tuned)
                 for place, (name, one) in enumerate(zip(names, opened, strict=True))
             ]
-    return [
-        Speaker(one.name, one.load(dtype, device), one.tokenizer, sampling) for one in opened
-    ]
+    return [Speaker(one.name, one.load(dtype, device), one.tokenizer, sampling) for one in opened]
 
 
 def _answer_once(speakers: Sequence[Speaker], prompt: str, system: str) -> dict[str, Any]:
@@ -134,9 +132,7 @@ def _answers_of(
     return answer
 
 
-def _answer_dialogues(
-    speakers: Sequence[Speaker], questions: Sequence[Question]
-) -> dict[str, Any]:
+def _answer_dialogues(speakers: Sequence[Speaker], questions: Sequence[Question]) -> dict[str, Any]:
     """Answer each dialogue of a prompt file and show it with its question."""
     answers = []
     for question in questions:

@@ -37,8 +37,8 @@ def demo_config(config: DemoConfig) -> TrainConfig:
         output=str(Path(config.output) / "run"),
         rank=16,
         learning_rate=1e-3,
-        epochs=1,
-        batch_size=4,
+        epochs=1.5,
+        batch_size=8,
         name=config.name,
         author=config.author,
     )

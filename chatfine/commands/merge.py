@@ -22,7 +22,7 @@ from chatfine.types import Message
 if TYPE_CHECKING:
     from chatfine.export.merge import MergeResult
 
-PROOF_PROMPTS = 8
+PROOF_PROMPTS = 4
 
 
 def merge(config: MergeConfig) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from chatfine.tokenizer.encode import ChatTokenizer
 
 MAX_GAP = 1e-3
 """Largest allowed difference of logits (sizes up to about 40) in float32."""
-PROOF_TOKENS = 512
+PROOF_TOKENS = 256
 """So much of each prompt is read for the proof."""
 
 

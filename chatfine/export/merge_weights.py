@@ -102,9 +102,7 @@ class Merging:
             placed |= dict.fromkeys(names, file)
         if len(shards) > 1:
             total = sum(size for _, _, size in self.plan)
-            write_json(
-                folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed}
-            )
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor of the output, merged in float32 and rounded."""

@@ -144,7 +144,7 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     if wrapped.peft_config["default"].is_prompt_learning:
         raise _unusable(folder, t("it is no LoRA adapter"))
     odd = _adapter_state(wrapped).keys() ^ _names_in(weights)
-    odd -= wrapped.state_dict().keys()  # an adapter on the embedding comes with the embedding itself
+    odd -= wrapped.state_dict().keys()  # an adapter on the embedding brings the embedding along
     if odd:  # PEFT would leave out what does not match, without a word
         raise _unusable(folder, t("{name} is not in both of them", name=min(odd)))
     return _prepare(wrapped) if trainable else wrapped.eval()

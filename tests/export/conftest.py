@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from tests.conftest import write_tiny_model
-
-PROMPTS = [[1, *range(30, 60)], [1, 250, 90, 77, 12], [1, *range(300, 320), 5]]
+from merge_parts import Make, load
 
 
 @pytest.fixture(scope="session")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tied") / "model", tied=True, seed=3)
+def tied(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the tiny model, but embedding and head are one weight."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    shutil.copytree(tiny, folder)
+    torch.manual_seed(3)
+    config = AutoConfig.from_pretrained(tiny)
+    config.tie_word_embeddings = True
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -32,20 +37,6 @@ def sharded(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder, max_shard_size="100KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     return folder
-
-
-def load(folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.inference_mode()
-def logits(model: Any) -> torch.Tensor:
-    return torch.cat([model(torch.tensor([ids])).logits[0] for ids in PROMPTS])
-
-
-Make = Callable[..., Path]
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from merge_parts import PROMPTS, Make, load, logits
 from safetensors.torch import load_file, save_file
 
 from chatfine.errors import ModelError, OutputError, ProofError
 from chatfine.export import merge as merge_module
 from chatfine.export import merge_weights
 from chatfine.export.merge import merge
-from tests.export.conftest import PROMPTS, Make, load, logits
 
 
 def oracle(base: Path, adapter: Path, merged: bool = True) -> Any:

@@ -44,9 +44,13 @@ MODELS: dict[str, tuple[type, Any]] = {
     "gemma2-capped": (
         transformers.Gemma2ForCausalLM,
         transformers.Gemma2Config(
-            **SIZES, head_dim=8, sliding_window=3, attn_logit_softcapping=2.0,
-            final_logit_softcapping=3.0, query_pre_attn_scalar=8,
-        ),  # fmt: skip
+            **SIZES,
+            head_dim=8,
+            sliding_window=3,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            query_pre_attn_scalar=8,
+        ),
     ),
     "granite-scaled": (
         transformers.GraniteForCausalLM,
@@ -88,7 +92,9 @@ def slow_loss(model: Any, rows: list[Example]) -> torch.Tensor:
     total = torch.zeros((), dtype=next(model.parameters()).dtype)
     for row in rows:
         logits = model(torch.tensor([row.ids])).logits[0, :-1]
-        labels = torch.tensor([i if m else -100 for i, m in zip(row.ids, row.mask)][1:])
+        labels = torch.tensor(
+            [i if m else -100 for i, m in zip(row.ids, row.mask, strict=False)][1:]
+        )
         total = total + F.cross_entropy(logits, labels.long(), reduction="sum")
     return total
 
@@ -104,8 +110,7 @@ def largest_gap(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float
     assert a.keys() == b.keys()
     assert a
     return max(
-        ((a[n] - b[n]).norm() / (1e-12 + torch.maximum(a[n].norm(), b[n].norm()))).item()
-        for n in a
+        ((a[n] - b[n]).norm() / (1e-12 + torch.maximum(a[n].norm(), b[n].norm()))).item() for n in a
     )
 
 
@@ -231,15 +236,19 @@ def test_good_models_pass_the_check(name: str) -> None:
 
 
 def unsuitable() -> Iterator[tuple[str, Any]]:
-    yield "own attention code", transformers.StableLmForCausalLM(
-        transformers.StableLmConfig(**SIZES)
+    yield (
+        "own attention code",
+        transformers.StableLmForCausalLM(transformers.StableLmConfig(**SIZES)),
     )
     yield "own attention code", transformers.FalconForCausalLM(
         transformers.FalconConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2,
                                   num_attention_heads=4, bos_token_id=1, eos_token_id=2)
     )  # fmt: skip
-    yield "convolution along the row", transformers.Lfm2ForCausalLM(
-        transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
+    yield (
+        "convolution along the row",
+        transformers.Lfm2ForCausalLM(
+            transformers.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"])
+        ),
     )
 
 

@@ -47,7 +47,7 @@ def test_every_plain_linear_is_fused(tiny: Path) -> None:
     assert fused(adapted(tiny, targets="q_proj,v_proj")) == 4
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-2)])
 def test_loss_and_gradients_are_those_of_peft(
     tiny: Path, dtype: torch.dtype, tolerance: float
 ) -> None:

@@ -1,0 +1,119 @@
+"""Schedule, optimizer state, random generators."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from chatfine.train.optim import (
+    Schedule,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    warmup_steps,
+)
+from chatfine.train.rng import rng_tensors, set_rng_tensors
+
+CPU = torch.device("cpu")
+
+
+def test_cosine_rises_falls_and_ends_at_zero() -> None:
+    schedule = Schedule("cosine", 2.0, warmup=4, total=14)
+    assert [schedule.at(step) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert schedule.at(4) == 2.0
+    assert schedule.at(9) == pytest.approx(1.0)
+    assert 0 < schedule.at(13) < schedule.at(12)
+    assert schedule.at(14) == pytest.approx(0)
+    assert schedule.at(20) == pytest.approx(0)
+
+
+def test_linear_and_constant() -> None:
+    linear = Schedule("linear", 1.0, warmup=0, total=4)
+    assert [linear.at(step) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    constant = Schedule("constant", 3.0, warmup=2, total=4)
+    assert [constant.at(step) for step in range(5)] == [1.5, 3.0, 3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_a_warm_up_of_the_whole_run_is_possible(kind: str) -> None:
+    assert Schedule(kind, 1.0, warmup=3, total=3).at(2) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"),
+    [(0, 100, 0), (0.03, 100, 3), (0.03, 12, 1), (0.5, 3, 2), (1, 100, 1), (7, 100, 7), (50, 9, 9)],
+)
+def test_warm_up_is_a_share_or_a_number(warmup: float, total: int, steps: int) -> None:
+    assert warmup_steps(warmup, total) == steps
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float = 0.1) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad()
+    model(torch.linspace(-1, 1, 12).view(4, 3)).square().sum().backward()
+    optimizer.step()
+
+
+def test_only_matrices_decay() -> None:
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    optimizer = make_optimizer(dict(model.named_parameters()), 0.5, CPU)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(model.weight, torch.full((2, 3), 0.95))
+    assert torch.equal(model.bias, torch.ones(2))
+
+
+def test_a_restored_optimizer_goes_on_bit_by_bit() -> None:
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        return model, make_optimizer(dict(model.named_parameters()), 0.1, CPU)
+
+    whole, optimizer = make()
+    step(whole, optimizer)
+    step(whole, optimizer)
+    weights = {name: value.clone() for name, value in whole.state_dict().items()}
+    tensors = optimizer_tensors(optimizer, dict(whole.named_parameters()))
+    assert sorted(tensors) == [
+        "bias|exp_avg", "bias|exp_avg_sq", "bias|step",
+        "weight|exp_avg", "weight|exp_avg_sq", "weight|step",
+    ]  # fmt: skip
+    tensors = {name: value.clone() for name, value in tensors.items()}
+    step(whole, optimizer)
+
+    again, other = make()
+    again.load_state_dict(weights)
+    load_optimizer_tensors(other, dict(again.named_parameters()), tensors)
+    step(again, other)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def draw() -> list[float]:
+    return [
+        random.random(), random.gauss(0, 1), float(np.random.rand()), float(np.random.randn()),
+        float(torch.rand(())), float(torch.randn(())),
+    ]  # fmt: skip
+
+
+def test_every_generator_goes_on_where_it_was() -> None:
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    draw()  # leaves half a pair of normal numbers in Python's and numpy's
+    states = {name: value.clone() for name, value in rng_tensors(CPU).items()}
+    first = [draw() for _ in range(3)]
+    draw()
+    set_rng_tensors(states, CPU)
+    assert [draw() for _ in range(3)] == first

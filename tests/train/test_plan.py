@@ -1,0 +1,208 @@
+"""The plan grows with what costs, counts what learns exactly, and its remedies fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatfine.commands.plan import plan as plan_command
+from chatfine.config import PlanConfig, TrainConfig
+from chatfine.errors import ResourceError
+from chatfine.model import adapters
+from chatfine.model.load import load_model
+from chatfine.train import plan as planning
+from chatfine.train.decisions import decide, work_of
+from chatfine.train.plan import Shapes, Work, make_plan, remedies
+from chatfine.train.prepare import prepare
+
+Configure = Callable[..., TrainConfig]
+
+LLAMA_8B = Shapes(
+    layers=32, hidden=4096, intermediate=14336, query=4096, key=1024, vocab=128256,
+    parameters=8_030_261_248, head_parameters=128256 * 4096,
+    linears={"q_proj": (4096, 4096, 32), "k_proj": (1024, 4096, 32), "v_proj": (1024, 4096, 32),
+             "o_proj": (4096, 4096, 32), "gate_proj": (14336, 4096, 32),
+             "up_proj": (14336, 4096, 32), "down_proj": (4096, 14336, 32)},
+)  # fmt: skip
+WORK = Work(
+    method="lora", rank=8, targets=(), freeze_layers=2, dtype_bytes=2, device="cuda",
+    checkpointing=False, micro_tokens=4096, micro_labels=2000, longest=2048, tokens=10**6,
+    labels=5 * 10**5,
+)  # fmt: skip
+
+
+def memory(**changes: Any) -> float:
+    return make_plan(LLAMA_8B, dataclasses.replace(WORK, **changes)).memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("micro_tokens", [128, 1024, 4096, 16384]),
+        ("micro_labels", [16, 512, 2000, 8192]),
+        ("rank", [1, 8, 64, 256]),
+        ("dtype_bytes", [2, 4]),
+        ("checkpointing", [True, False]),
+        ("method", ["lora", "dora"]),
+        ("method", ["freeze", "full"]),
+        ("freeze_layers", [2, 8, 32]),
+        ("targets", [("q_proj",), ("q_proj", "v_proj"), ()]),
+    ],
+)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_more_of_it_needs_more_memory(name: str, values: list[Any], method: str) -> None:
+    if name == "freeze_layers":
+        method = "freeze"
+    elif method == "full" and name in ("rank", "method", "targets"):
+        pytest.skip("does not enter full fine-tuning")
+    needs = [memory(**({"method": method} | {name: value})) for value in values]
+    assert needs == sorted(needs)
+    assert len(set(needs)) == len(needs)
+
+
+def test_orders_of_magnitude_of_a_known_model() -> None:
+    """An 8B model: about 16 GB of bf16 weights; full fine-tuning in float32 about 16 bytes a
+    parameter and more."""
+    plan = make_plan(LLAMA_8B, WORK)
+    assert plan.trained_parameters == 20_971_520  # the known number for rank 8 on all linears
+    assert 16e9 < plan.weights_bytes < 16.2e9
+    assert 18e9 < memory(checkpointing=True) < 24e9
+    assert memory(method="full", checkpointing=True) > 16 * 8e9
+    flop = plan.flop / WORK.tokens / LLAMA_8B.parameters
+    assert 3.5 < flop < 6  # forward and one of two backward products: 2 + 2, and the rest
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full", "freeze"])
+def test_it_counts_what_really_learns(tiny: Path, configure: Configure, method: str) -> None:
+    prepared = prepare(configure(method=method, freeze_layers=1, targets="q_proj, v_proj"))
+    shapes = Shapes.of(
+        prepared.model.text_config,
+        {name: info.shape for name, info in prepared.model.tensors.items()},
+        prepared.model.parameters,
+    )
+    targets = planning.targets_of("q_proj, v_proj")
+    predicted = planning.learning_parameters(shapes, method, 2, targets, 1)
+    model = adapters.attach(
+        load_model(tiny, torch.float32), method, rank=2, targets="q_proj, v_proj", freeze_layers=1
+    )
+    real, _ = adapters.count_parameters(model)
+    assert predicted == pytest.approx(real, abs=4 * 64)  # the norms of a layer
+
+
+def test_the_disk_holds_every_checkpoint_there_can_be() -> None:
+    """Those kept, the best, the one being written, each of weights and two moments, and the
+    result."""
+    assert planning.disk_bytes(1000, keep=2) == 1000 * (12 * 4 + 4)
+
+
+@pytest.mark.parametrize("free_gb", [17, 20, 25, 40])
+def test_each_remedy_fits(free_gb: int) -> None:
+    work = dataclasses.replace(WORK, micro_tokens=16384, micro_labels=8000)
+    assert make_plan(LLAMA_8B, work).memory_bytes > free_gb * 1e9
+    found = remedies(LLAMA_8B, work, free_gb * 1e9, rows=8, accumulate=3)
+    assert found
+    for text in found:
+        if "smaller model" in text:
+            assert found == [text]
+            continue
+        changed = work
+        if "--batch-size 1" in text and "--max-length" not in text:
+            assert "--accumulate 24" in text
+            changed = dataclasses.replace(changed, micro_tokens=2048, micro_labels=1000)
+        if "--checkpointing full" in text:
+            changed = dataclasses.replace(changed, checkpointing=True)
+        if length := re.search(r"--max-length (\d+)", text):
+            n = int(length[1])
+            changed = dataclasses.replace(changed, micro_tokens=n, longest=n, micro_labels=n)
+        assert changed != work, text
+        assert make_plan(LLAMA_8B, changed).memory_bytes <= free_gb * 1e9, text
+
+
+def test_where_nothing_helps_it_says_so() -> None:
+    assert remedies(LLAMA_8B, WORK, 1e9, rows=1) == [
+        "a smaller model, or a machine with more memory"
+    ]
+
+
+# -- what auto comes to ----------------------------------------------------------------------------
+
+
+def decide_with(
+    configure: Configure, tmp_path: Path, free: float, monkeypatch: pytest.MonkeyPatch,
+    **changes: Any
+) -> Any:  # fmt: skip
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda *_: free)
+    prepared = prepare(configure(**changes))
+    prepared.run.mkdir(exist_ok=True)
+    return prepared, decide(prepared, BIG, torch.device("cpu"))
+
+
+BIG = dataclasses.replace(LLAMA_8B, layers=4, vocab=448)
+
+
+def test_auto_takes_smaller_micro_batches_before_recomputation(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared, wanted = decide_with(configure, tmp_path, 1e15, monkeypatch, batch_size=0)
+    assert (wanted.rows, wanted.accumulate, wanted.checkpointing) == (8, 1, False)
+
+    def need(**changes: Any) -> float:
+        option = dataclasses.replace(wanted, **changes)
+        return make_plan(BIG, work_of(prepared, option)).memory_bytes
+
+    cases = [(need(rows=2, accumulate=4), (2, 4, False)),
+             (need(rows=1, accumulate=8, checkpointing=True), (1, 8, True))]  # fmt: skip
+    for free, chosen in cases:
+        (prepared.run / "decisions.json").unlink()
+        _, found = decide_with(configure, tmp_path, free + 1, monkeypatch, batch_size=0)
+        assert (found.rows, found.accumulate, found.checkpointing) == chosen
+        assert found.rows * found.accumulate == 8
+
+
+def test_what_was_asked_for_is_never_changed(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ResourceError) as caught:
+        decide_with(configure, tmp_path, 1e9, monkeypatch, batch_size=8, checkpointing="none")
+    assert caught.value.code == "out-of-memory"
+    assert caught.value.fix
+    assert not (tmp_path / "run" / "decisions.json").exists()
+
+
+def test_a_resumed_run_keeps_the_decisions_when_memory_is_scarcer(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = decide_with(configure, tmp_path, 1e15, monkeypatch, batch_size=0)
+    _, again = decide_with(configure, tmp_path, 1.0, monkeypatch, batch_size=0)
+    assert again == first
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_the_command_predicts_and_writes_nothing(configure: Configure, tmp_path: Path) -> None:
+    config = configure(max_steps=6, accumulate=2)
+    result = plan_command(PlanConfig.read(config.model_dump()))
+    assert json.loads(json.dumps(result)) == result
+    assert (result["steps"], result["batch_size"], result["accumulate"]) == (6, 4, 2)
+    assert result["trained_parameters"] == 2 * 2 * (128 + 96 + 96 + 128 + 224 * 3)
+    assert result["parameters"] > result["trained_parameters"]
+    assert 0 < result["memory_bytes"] < result["free_memory_bytes"]
+    assert result["seconds"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_refuses_with_remedies_what_does_not_fit(configure: Configure) -> None:
+    config = configure(gpu_memory=0.2)
+    with pytest.raises(ResourceError) as caught:
+        plan_command(PlanConfig.read(config.model_dump()))
+    assert caught.value.code == "out-of-memory"
+    assert "0.2 GB can be used" in caught.value.what
+    assert caught.value.fix

@@ -152,6 +152,16 @@ def _explain(error: Exception, words: Sequence[str]) -> ChatfineError:
                              fix=t("free some space, then run the same command again"))  # fmt: skip
         full.__cause__ = error
         return full
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("chatfine"):
+        lacking = ResourceError(
+            "missing-package", t("the Python package {name} is not installed", name=error.name),
+            where=sys.executable,
+            fix=[t("install chatfine with what it needs: {command}",
+                   command="python -m pip install -e ."),
+                 t("what is there and what is missing: {command}", command="chatfine doctor")],
+        )  # fmt: skip
+        lacking.__cause__ = error
+        return lacking
     bug = Bug(
         "bug",
         t("an error of ours: {kind}: {text}", kind=type(error).__name__, text=str(error)[:300]),

@@ -24,6 +24,7 @@ from chatfine.export.merge_weights import Merging, changed, write_json
 from chatfine.export.place import check_output, put_in_place
 from chatfine.hub.folder import read_model_folder
 from chatfine.i18n import t
+from chatfine.model import lora
 from chatfine.model.adapters import load_adapter
 from chatfine.model.load import load_model
 from chatfine.tokenizer.encode import ChatTokenizer
@@ -112,6 +113,7 @@ def _prove(job: Merging, staged: Path, prompts: Sequence[Sequence[int]]) -> Merg
         ProofError: proof-gap, proof-files.
     """
     tuned = load_adapter(load_model(job.base.path, torch.float32), job.adapter.path)
+    lora.uninstall(tuned)  # PEFT's own forward is the judge, not our faster one
     wanted = _logits(tuned, prompts)
     del tuned
     merged = load_model(job.base.path, torch.float32)

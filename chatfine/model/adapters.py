@@ -147,7 +147,7 @@ def load_adapter(model: Any, folder: Path, trainable: bool = False) -> Any:
     odd -= wrapped.state_dict().keys()  # an adapter on the embedding brings the embedding along
     if odd:  # PEFT would leave out what does not match, without a word
         raise _unusable(folder, t("{name} is not in both of them", name=min(odd)))
-    return _prepare(wrapped) if trainable else wrapped.eval()
+    return _prepare(wrapped) if trainable else _prepare(wrapped).eval()
 
 
 def _unusable(folder: Path, why: str) -> ModelError:

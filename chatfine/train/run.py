@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -182,5 +183,10 @@ def _replace_folder(target: Path, write: Any) -> None:
     staged = target.with_name(f".{target.name}")
     shutil.rmtree(staged, ignore_errors=True)
     write(staged)
+    usual = (staged / "chatfine.json").stat().st_mode
+    for file in staged.iterdir():
+        file.chmod(usual)  # safetensors makes files that only their owner can read
+        with file.open("rb+") as stream:
+            os.fsync(stream.fileno())
     shutil.rmtree(target, ignore_errors=True)
     staged.rename(target)

@@ -175,6 +175,8 @@ class TrainConfig(ModelOptions, DataOptions):
     """dropout before the adapter"""
     targets: str = "all-linear"
     """linears that get an adapter: all-linear or names such as q_proj,v_proj"""
+    adapter_layers: Count = 0
+    """put adapters on so many of the last layers only, which is faster; 0 = all"""
     adapter: str = ""
     """adapter or run folder to go on from"""
     freeze_layers: Positive = 2

@@ -10,7 +10,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as runtime.be_polite_on_cores does
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as runtime.be_polite_on_cores does
 os.environ["CHATFINE_LANG"] = "en"
 os.environ.pop("FORCE_COLOR", None)
 

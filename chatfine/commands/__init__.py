@@ -1,1 +1,2 @@
-"""One file a verb that joins several rooms; each function takes its config and returns plain data."""
+"""One file a verb that joins several rooms; each function takes its config and returns plain
+data."""

@@ -23,9 +23,10 @@ from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.types import Dialogue
 
 MODEL = "smollm2-135m-instruct"
-SUMMARY_TOKENS = 48
-"""Longest answer while scoring: the wanted summaries have at most 45 tokens."""
-BATCH_SIZE = 25
+SUMMARY_TOKENS = 40
+"""Longest answer while scoring; nearly all wanted summaries are shorter."""
+NAME_QUESTIONS = 10
+BATCH_SIZE = 50
 NOTES = "demo.json"
 
 
@@ -36,9 +37,11 @@ def demo_config(config: DemoConfig) -> TrainConfig:
         dataset=("dialogs", "identity"),
         output=str(Path(config.output) / "run"),
         rank=16,
-        learning_rate=1e-3,
-        epochs=1.5,
+        adapter_layers=20,
+        learning_rate=2e-3,
+        epochs=1.25,
         batch_size=8,
+        eval_every=1000,
         name=config.name,
         author=config.author,
     )
@@ -119,7 +122,7 @@ class Story:
         self.tokenizer: ChatTokenizer = ChatTokenizer.load(model)
         settings = DataSettings(name=config.name, author=config.author)
         self.summaries = load_dialogues("dialogs", settings, "test")
-        self.identity = load_dialogues("identity", settings, "test")
+        self.identity = load_dialogues("identity", settings, "test")[:NAME_QUESTIONS]
         self.settings = settings
 
     # -- chapters --------------------------------------------------------------------------------
@@ -148,8 +151,8 @@ class Story:
         run = self.training
         console.say(
             f"  chatfine train -m {run.model} -d dialogs -d identity --rank {run.rank}"
-            f" --learning-rate {run.learning_rate:g} --epochs {run.epochs:g}"
-            f" --batch-size {run.batch_size} -o my-run"
+            f" --adapter-layers {run.adapter_layers} --learning-rate {run.learning_rate:g}"
+            f" --epochs {run.epochs:g} --batch-size {run.batch_size} -o my-run"
         )
         if (self.run / "config.yaml").is_file():
             resume(ResumeConfig(run=str(self.run)))
@@ -178,7 +181,8 @@ class Story:
         rows = [[label, _score(key, before[key]), _score(key, after[key])]
                 for key, label in names.items()]  # fmt: skip
         title = t("On {n} dialogues and {m} questions it has never seen", n=n, m=m)
-        console.table([t("score"), t("before"), t("after")], rows, title)
+        console.say(title)
+        console.table([t("score"), t("before"), t("after")], rows)
 
     def merge(self) -> Path:
         """Merge the adapter into the model, with proof."""

@@ -41,6 +41,7 @@ def attach(
     alpha: int = 16,
     dropout: float = 0.0,
     targets: str = "all-linear",
+    adapter_layers: int = 0,
     freeze_layers: int = 2,
 ) -> Any:
     """Mark what learns and return the model to train.
@@ -48,6 +49,8 @@ def attach(
     Args:
         method: lora, dora, full or freeze.
         targets: all-linear, or names such as `q_proj,v_proj`.
+        adapter_layers: adapters on so many of the last layers only, 0 = all. The backward pass ends
+            at the first of them.
         freeze_layers: for `freeze`, how many of the last layers learn.
 
     Raises:
@@ -60,7 +63,8 @@ def attach(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
-            target_modules=_targets(model, targets),
+            target_modules=_targets(model, targets, every_name=adapter_layers > 0),
+            layers_to_transform=_last_layers(model, adapter_layers),
             use_dora=method == "dora",
             task_type="CAUSAL_LM",
         )
@@ -70,11 +74,7 @@ def attach(
     if method == "freeze":
         layers = causal_model(model).get_decoder().layers
         if freeze_layers > len(layers):
-            raise UsageError(
-                "too-many-layers",
-                t("--freeze-layers is {n}; the model has {limit} layers", n=freeze_layers,
-                  limit=len(layers)),
-            )  # fmt: skip
+            raise _too_many_layers("--freeze-layers", freeze_layers, len(layers))
         for layer in layers[-freeze_layers:]:
             layer.requires_grad_(True)
     for parameter in model.parameters():
@@ -83,9 +83,31 @@ def attach(
     return model
 
 
-def _targets(model: nn.Module, targets: str) -> str | list[str]:
+def _last_layers(model: Any, wanted: int) -> list[int] | None:
+    """The numbers of the last `wanted` layers; None = all of them.
+
+    Raises:
+        UsageError: more than the model has.
+    """
+    if not wanted:
+        return None
+    count = len(causal_model(model).get_decoder().layers)
+    if wanted > count:
+        raise _too_many_layers("--adapter-layers", wanted, count)
+    return list(range(count - wanted, count))
+
+
+def _too_many_layers(flag: str, wanted: int, count: int) -> UsageError:
+    return UsageError(
+        "too-many-layers",
+        t("{flag} is {n}; the model has {limit} layers", flag=flag, n=wanted, limit=count),
+    )
+
+
+def _targets(model: nn.Module, targets: str, every_name: bool) -> str | list[str]:
+    """PEFT's `target_modules`; with `every_name` a list also for all linears."""
     if targets == "all-linear":
-        return targets
+        return linear_names(model) if every_name else targets
     wanted = [name.strip() for name in targets.split(",") if name.strip()]
     known = linear_names(model)
     for name in wanted:

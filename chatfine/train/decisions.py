@@ -13,7 +13,7 @@ from chatfine.errors import ResourceError
 from chatfine.i18n import t
 from chatfine.runtime import pick_dtype
 from chatfine.train import plan as planning
-from chatfine.train.prepare import Prepared, write_json
+from chatfine.train.prepare import Prepared, learning_layers, write_json
 
 if TYPE_CHECKING:
     from chatfine.train.plan import Shapes, Work
@@ -121,7 +121,7 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
     return planning.Work(
         method=config.method, rank=config.rank,
         targets=planning.targets_of(config.targets),
-        freeze_layers=config.freeze_layers,
+        layers=learning_layers(config),
         dtype_bytes=4 if decisions.dtype == "float32" else 2, device=decisions.device,
         checkpointing=decisions.checkpointing, micro_tokens=micro,
         micro_labels=round(micro * labels / max(1, tokens)) or 1, longest=lengths[0],

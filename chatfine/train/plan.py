@@ -79,7 +79,7 @@ class Work:
     method: str
     rank: int
     targets: tuple[str, ...]  # empty = all linears
-    freeze_layers: int
+    layers: int  # how many of the last layers learn; 0 = all
     dtype_bytes: int
     device: str
     checkpointing: bool
@@ -114,20 +114,22 @@ class Plan:
 
 def trained_parameters(shapes: Shapes, work: Work) -> int:
     """How many numbers learn."""
-    return learning_parameters(shapes, work.method, work.rank, work.targets, work.freeze_layers)
+    return learning_parameters(shapes, work.method, work.rank, work.targets, work.layers)
 
 
 def learning_parameters(
-    shapes: Shapes, method: str, rank: int, targets: Sequence[str], freeze_layers: int
+    shapes: Shapes, method: str, rank: int, targets: Sequence[str], layers: int
 ) -> int:
-    """How many numbers learn under a method; empty `targets` are all linears."""
+    """How many numbers learn under a method in the last `layers`; no `targets` are all linears."""
     if method == "full":
         return shapes.parameters
+    share = (layers or shapes.layers) / shapes.layers
     if method == "freeze":
-        return round(shapes.body_parameters * freeze_layers / shapes.layers)
+        return round(shapes.body_parameters * share)
     chosen = {n: v for n, v in shapes.linears.items() if not targets or n in targets}
     extra = sum(out * count for out, _, count in chosen.values()) if method == "dora" else 0
-    return extra + sum(rank * (out + into) * count for out, into, count in chosen.values())
+    adapters = sum(rank * (out + into) * count for out, into, count in chosen.values())
+    return round((extra + adapters) * share)
 
 
 def targets_of(targets: str) -> tuple[str, ...]:
@@ -171,7 +173,7 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
     learning = trained_parameters(shapes, work)
     frozen = shapes.parameters - (learning if work.method in ("full", "freeze") else 0)
     a_token = _activations_a_token(shapes, work)
-    active_layers = work.freeze_layers if work.method == "freeze" else shapes.layers
+    active_layers = shapes.layers if work.method == "full" else work.layers or shapes.layers
     if work.checkpointing:  # each layer keeps its input; one layer is alive in full
         kept = shapes.hidden * work.dtype_bytes * active_layers + a_token
     else:
@@ -196,10 +198,13 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
 
 def _flop(shapes: Shapes, work: Work) -> float:
     """Floating-point operations of all products of the run (2 per multiply-add)."""
-    backward = {"full": 2.0, "freeze": work.freeze_layers / shapes.layers * 2}.get(work.method, 1.0)
+    share = (work.layers or shapes.layers) / shapes.layers
+    backward = {"full": 2.0, "freeze": 2 * share}.get(work.method, share)
     passes = 1 + backward + (1 if work.checkpointing else 0)
     body = 2 * shapes.body_parameters * passes * work.tokens
-    adapter = 6 * trained_parameters(shapes, work) * work.tokens if backward == 1.0 else 0
+    adapter = (
+        6 * trained_parameters(shapes, work) * work.tokens if work.method in ("lora", "dora") else 0
+    )
     head = 2 * shapes.head_parameters * (3 if work.method == "full" else 2) * work.labels
     attention = 2 * shapes.query * work.longest * shapes.layers * 3.5 * work.tokens * 0.5
     return body + adapter + head + attention

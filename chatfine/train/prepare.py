@@ -172,6 +172,11 @@ def check_output(run: Path, overwrite: bool) -> None:
     )
 
 
+def learning_layers(config: TrainConfig) -> int:
+    """How many of the last layers learn; 0 = all."""
+    return config.freeze_layers if config.method == "freeze" else config.adapter_layers
+
+
 def needed_disk_bytes(prepared: Prepared) -> float:
     """What checkpoints and result will take, known from the shapes in the files alone."""
     model, config = prepared.model, prepared.config
@@ -181,7 +186,7 @@ def needed_disk_bytes(prepared: Prepared) -> float:
     )  # fmt: skip
     learning = planning.learning_parameters(
         shapes, config.method, config.rank, planning.targets_of(config.targets),
-        config.freeze_layers,
+        learning_layers(config),
     )  # fmt: skip
     return planning.disk_bytes(learning, config.keep)
 

@@ -146,7 +146,8 @@ class Session:
             return adapters.load_adapter(model, source.adapter, trainable=True)
         return adapters.attach(
             model, config.method, rank=config.rank, alpha=config.lora_alpha,
-            dropout=config.dropout, targets=config.targets, freeze_layers=config.freeze_layers,
+            dropout=config.dropout, targets=config.targets,
+            adapter_layers=config.adapter_layers, freeze_layers=config.freeze_layers,
         )  # fmt: skip
 
     def _load_checkpoint(self) -> None:

@@ -161,7 +161,7 @@ def test_one_odd_row_does_not_decide_the_shape(tmp_path: Path) -> None:
 
 def test_builtin_sets() -> None:
     settings = DataSettings(name="{author}", author="B\\1")
-    for split, count in (("train", 220), ("validation", 30), ("test", 50)):
+    for split, count in (("train", 250), ("validation", 20), ("test", 30)):
         found = load_dialogues("dialogs", settings, split)
         assert len(found) == count
         chinese = sum(builtin.REQUESTS["zh"] in one.messages[0].content for one in found)

@@ -32,7 +32,7 @@ LLAMA_8B = Shapes(
              "up_proj": (14336, 4096, 32), "down_proj": (4096, 14336, 32)},
 )  # fmt: skip
 WORK = Work(
-    method="lora", rank=8, targets=(), freeze_layers=2, dtype_bytes=2, device="cuda",
+    method="lora", rank=8, targets=(), layers=0, dtype_bytes=2, device="cuda",
     checkpointing=False, micro_tokens=4096, micro_labels=2000, longest=2048, tokens=10**6,
     labels=5 * 10**5,
 )  # fmt: skip
@@ -52,13 +52,13 @@ def memory(**changes: Any) -> float:
         ("checkpointing", [True, False]),
         ("method", ["lora", "dora"]),
         ("method", ["freeze", "full"]),
-        ("freeze_layers", [2, 8, 32]),
+        ("layers", [2, 8, 32]),
         ("targets", [("q_proj",), ("q_proj", "v_proj"), ()]),
     ],
 )
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_more_of_it_needs_more_memory(name: str, values: list[Any], method: str) -> None:
-    if name == "freeze_layers":
+    if name == "layers":
         method = "freeze"
     elif method == "full" and name in ("rank", "method", "targets"):
         pytest.skip("does not enter full fine-tuning")

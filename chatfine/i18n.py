@@ -1,5 +1,4 @@
-"""Messages in the reader's language: English is written in the code, Chinese comes from a gettext
-catalogue.
+"""Messages in the reader's language: English in the code, Chinese from a gettext catalogue.
 
 `CHATFINE_LANG` (`zh` or `en`) decides; without it the locale does. Every string a person reads goes
 through `t`, so that the completeness test can hold the catalogue against the source.

@@ -28,7 +28,7 @@ def test_check_reports_what_training_would_read(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = data(config(tiny, "check", "dialogs", "identity"))
-    assert (result["rows"], result["train"], result["validation"]) == (310, 274, 36)
+    assert (result["rows"], result["train"], result["validation"]) == (330, 304, 26)
     assert result["max_length"] == 512
     printed = capsys.readouterr().out
     assert "dialogs" in printed

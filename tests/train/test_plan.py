@@ -15,6 +15,7 @@ import torch
 from chatfine.commands.plan import plan as plan_command
 from chatfine.config import PlanConfig, TrainConfig
 from chatfine.errors import ResourceError
+from chatfine.errors import UsageError
 from chatfine.model import adapters
 from chatfine.model.load import load_model
 from chatfine.train import plan as planning
@@ -79,21 +80,35 @@ def test_orders_of_magnitude_of_a_known_model() -> None:
     assert 3.5 < flop < 6  # forward and one of two backward products: 2 + 2, and the rest
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "full", "freeze"])
-def test_it_counts_what_really_learns(tiny: Path, configure: Configure, method: str) -> None:
-    prepared = prepare(configure(method=method, freeze_layers=1, targets="q_proj, v_proj"))
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [("lora", 0), ("lora", 1), ("dora", 0), ("dora", 1), ("full", 0), ("freeze", 1)],
+)
+def test_it_counts_what_really_learns(
+    tiny: Path, configure: Configure, method: str, layers: int
+) -> None:
+    settings = {"method": method, "targets": "q_proj, v_proj"}
+    chosen = {"freeze_layers" if method == "freeze" else "adapter_layers": layers}
+    prepared = prepare(configure(**settings, **chosen))
     shapes = Shapes.of(
         prepared.model.text_config,
         {name: info.shape for name, info in prepared.model.tensors.items()},
         prepared.model.parameters,
     )
     targets = planning.targets_of("q_proj, v_proj")
-    predicted = planning.learning_parameters(shapes, method, 2, targets, 1)
-    model = adapters.attach(
-        load_model(tiny, torch.float32), method, rank=2, targets="q_proj, v_proj", freeze_layers=1
-    )
+    predicted = planning.learning_parameters(shapes, method, 2, targets, layers)
+    model = adapters.attach(load_model(tiny, torch.float32), rank=2, **settings, **chosen)
     real, _ = adapters.count_parameters(model)
     assert predicted == pytest.approx(real, abs=4 * 64)  # the norms of a layer
+
+
+def test_adapters_on_the_last_layers_learn_there_alone(tiny: Path) -> None:
+    model = adapters.attach(load_model(tiny, torch.float32), "lora", adapter_layers=1)
+    names = adapters.trained_parameters(model)
+    assert names
+    assert all(".layers.1." in name for name in names)
+    with pytest.raises(UsageError, match="--adapter-layers is 3; the model has 2 layers"):
+        adapters.attach(load_model(tiny, torch.float32), "lora", adapter_layers=3)
 
 
 def test_the_disk_holds_every_checkpoint_there_can_be() -> None:

@@ -88,3 +88,20 @@ def test_both_readmes_show_the_same() -> None:
     assert chinese == english
     for mark in ("\n## ", "\n| ", "\n**", "```"):
         assert read(READMES[0]).count(mark) == read(READMES[1]).count(mark), mark
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_hold_settings_that_exist(recipe: Path) -> None:
+    from chatfine.config import TrainConfig, load_yaml
+
+    assert TrainConfig.read(load_yaml(recipe), str(recipe)).model
+    assert recipe.read_text(encoding="utf-8").startswith("#")
+
+
+def test_the_demos_recipe_is_the_demos_run() -> None:
+    from chatfine.commands.demo import demo_config
+    from chatfine.config import DemoConfig, TrainConfig, load_yaml
+
+    recipe = TrainConfig.read(load_yaml(ROOT / "recipes" / "dialogs.yaml"))
+    demo = demo_config(DemoConfig())
+    assert recipe == demo.model_copy(update={"output": recipe.output})

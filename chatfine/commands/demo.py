@@ -17,7 +17,7 @@ from chatfine import console
 from chatfine.commands.get import get_model
 from chatfine.config import DemoConfig, TrainConfig
 from chatfine.data.examples import DataSettings, load_dialogues
-from chatfine.errors import OutputError
+from chatfine.errors import Interrupted, OutputError, Stopped
 from chatfine.i18n import language, t
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.types import Dialogue
@@ -63,7 +63,12 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     console.say(t("{name}: 135 million parameters, Apache-2.0", name=MODEL))
     story = Story(config, model, folder)
     before = story.before()
-    run = story.train()
+    try:
+        run = story.train()
+    except (Interrupted, Stopped) as stop:
+        command = f"chatfine demo -o {config.output}"
+        stop.fix += (t("or with the whole demo: {command}", command=command),)
+        raise
     after = story.after()
     story.curve()
     story.scores(before, after)

@@ -14,8 +14,7 @@ import torch
 
 from chatfine.commands.plan import plan as plan_command
 from chatfine.config import PlanConfig, TrainConfig
-from chatfine.errors import ResourceError
-from chatfine.errors import UsageError
+from chatfine.errors import ResourceError, UsageError
 from chatfine.model import adapters
 from chatfine.model.load import load_model
 from chatfine.train import plan as planning

@@ -97,7 +97,8 @@ def answer_prompts(
             replace(sampling, seed=sampling.seed + begin),  # or all batches would draw the same
         )
         for index, row in zip(batch, rows, strict=True):
-            answers[index] = tokenizer.decode(row).strip()
+            text = tokenizer.decode(row).rstrip("\ufffd")  # the length limit may halve a character
+            answers[index] = text.strip()
             if on_answer:
                 on_answer(index, answers[index])
     return answers

@@ -47,6 +47,9 @@ def main() -> int:
     alone_seconds = time.perf_counter() - began
     if code != 0:
         return code
+    result = json.loads((whole / "result.json").read_text(encoding="utf-8"))
+    learning_seconds = result["seconds"]
+    startup_seconds = alone_seconds - learning_seconds
     print(f"uninterrupted: {options.steps} steps in {alone_seconds:.0f} s")
     print("kill  after s  metrics lines  newest checkpoint  first line after resume")
     chance = random.Random(options.seed)
@@ -55,8 +58,8 @@ def main() -> int:
         words = train_words(model, work / "rows.jsonl", cut, options.steps)
         before = lines_of(cut)
         process = start(words if new else ["resume", str(cut)])
-        # from the first second on; spread so that all kills fit into the length of the run
-        after = 1 + chance.random() * (4 + 2 * alone_seconds / options.kills)
+        # from the first second on, start-up included; spread so that all kills fit into the run
+        after = 1 + chance.random() * (startup_seconds + 2 * learning_seconds / options.kills)
         try:
             code = process.wait(after)
             print(f"{kill:4}  {after:7.2f}  ended by itself with exit code {code}")

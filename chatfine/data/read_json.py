@@ -175,11 +175,13 @@ def bad_json(error: Exception, text: str, shown: str, line: int = 1) -> DataErro
             fix=t("delete or repair this line"),
         )
     near = text[max(0, error.pos - 20) : error.pos + 20].strip()
-    number = line + error.lineno - 1
+    place = min(error.pos, len(text.rstrip()))  # what breaks off at its end breaks off on its line
+    number = line + text.count("\n", 0, place)
+    column = place - text.rfind("\n", 0, place)
     return DataError(
         "data-bad-json",
-        t("bad JSON at line {line}, column {column}", line=number, column=error.colno),
-        where=f"{shown}:{number}:{error.colno}",
+        t("bad JSON at line {line}, column {column}", line=number, column=column),
+        where=f"{shown}:{number}:{column}",
         why=t("{reason}, near: {near}", reason=_reason(error.msg), near=near),
         fix=t('repair the line; quotes and line breaks inside a text are written \\" and \\n'),
     )

@@ -43,13 +43,15 @@ def main() -> int:
         shutil.rmtree(run, ignore_errors=True)
 
     began = time.perf_counter()
-    code = start(train_words(model, write_rows(work), whole, options.steps)).wait()
+    process = start(train_words(model, write_rows(work), whole, options.steps))
+    while process.poll() is None and not lines_of(whole):
+        time.sleep(0.05)
+    startup_seconds = time.perf_counter() - began
+    code = process.wait()
     alone_seconds = time.perf_counter() - began
     if code != 0:
         return code
-    result = json.loads((whole / "result.json").read_text(encoding="utf-8"))
-    learning_seconds = result["seconds"]
-    startup_seconds = alone_seconds - learning_seconds
+    learning_seconds = alone_seconds - startup_seconds
     print(f"uninterrupted: {options.steps} steps in {alone_seconds:.0f} s")
     print("kill  after s  metrics lines  newest checkpoint  first line after resume")
     chance = random.Random(options.seed)

@@ -232,6 +232,7 @@ class Story:
             model, self.tokenizer, self.summaries + self.identity,
             Sampling(max_new_tokens=SUMMARY_TOKENS), BATCH_SIZE,
         )  # fmt: skip
+        answers = [one.rstrip("\ufffd") for one in answers]  # the limit may halve a character
         summaries, names = answers[: len(self.summaries)], answers[len(self.summaries) :]
         wanted = [dialogue.messages[-1].content for dialogue in self.summaries]
         pairs = list(zip(summaries, wanted, strict=True))

@@ -97,8 +97,7 @@ def answer_prompts(
             replace(sampling, seed=sampling.seed + begin),  # or all batches would draw the same
         )
         for index, row in zip(batch, rows, strict=True):
-            text = tokenizer.decode(row).rstrip("\ufffd")  # the length limit may halve a character
-            answers[index] = text.strip()
+            answers[index] = tokenizer.decode(row).strip()
             if on_answer:
                 on_answer(index, answers[index])
     return answers

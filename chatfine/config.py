@@ -205,8 +205,6 @@ class TrainConfig(ModelOptions, DataOptions):
     """fill rows of --max-length tokens with several examples that do not see each other"""
     checkpointing: Literal["auto", "none", "full"] = "auto"
     """recompute activations in the backward pass to save memory"""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """compile the decoder layers"""
     deterministic: bool = False
     """bitwise repeatable on a GPU too, a little slower"""
     seed: int = 42

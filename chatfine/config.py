@@ -100,6 +100,8 @@ class ModelOptions(Config):
     """number format of the weights while computing"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to compute"""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """store the frozen weights in 8 or 4 bits (bitsandbytes); adapters stay exact"""
 
 
 class DataOptions(Config):
@@ -165,8 +167,8 @@ class TrainConfig(ModelOptions, DataOptions):
 
     output: str = Field(default="", json_schema_extra=_aliases("-o"))
     """run folder to write; must be new"""
-    method: Literal["lora", "dora", "full", "freeze"] = "lora"
-    """what learns: low-rank adapters, all weights, or the last layers"""
+    method: Literal["lora", "dora", "full", "freeze", "prefix", "llama-adapter"] = "lora"
+    """what learns: low-rank adapters, all weights, the last layers, or learned prefixes"""
     rank: Positive = 8
     """rank of the adapter"""
     alpha: Count = 0
@@ -176,7 +178,10 @@ class TrainConfig(ModelOptions, DataOptions):
     targets: str = "all-linear"
     """linears that get an adapter: all-linear or names such as q_proj,v_proj"""
     adapter_layers: Count = 0
-    """put adapters on so many of the last layers only, which is faster; 0 = all"""
+    """put adapters on so many of the last layers only, which is faster; 0 = all (llama-adapter:
+    30, or all if there are fewer)"""
+    virtual_tokens: Count = 0
+    """length of what prefix and llama-adapter learn; 0 = by method (prefix 30, llama-adapter 10)"""
     adapter: str = ""
     """adapter or run folder to go on from"""
     freeze_layers: Positive = 2
@@ -195,8 +200,12 @@ class TrainConfig(ModelOptions, DataOptions):
     """decoupled weight decay of matrices"""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """largest gradient norm; 0 = no clipping"""
-    optimizer: Literal["adamw"] = "adamw"
-    """optimizer"""
+    optimizer: Literal["adamw", "anyprecision"] = "adamw"
+    """adamw, or anyprecision: AdamW with its moments in bf16"""
+    kahan: bool = False
+    """with anyprecision: keep what bf16 weights lose in rounding (Kahan summation)"""
+    pure_bf16: bool = False
+    """weights that learn are kept in bf16 too, not in float32: half the memory, less exact"""
     batch_size: Count = 0
     """examples (packed: rows of --max-length tokens) a step and device; 0 = automatic"""
     accumulate: Positive = 1
@@ -205,6 +214,15 @@ class TrainConfig(ModelOptions, DataOptions):
     """fill rows of --max-length tokens with several examples that do not see each other"""
     checkpointing: Literal["auto", "none", "full"] = "auto"
     """recompute activations in the backward pass to save memory"""
+    sharding: Literal["auto", "none", "gradients", "full"] = "auto"
+    """with several processes: every one holds the whole model (none), or its share of it (FSDP2;
+    gradients: whole weights between forward and backward)"""
+    cpu_offload: bool = False
+    """with sharding: weights wait in the CPU's memory until they are needed"""
+    load: Literal["each", "rank0"] = "each"
+    """with sharding: every process reads its share of the files, or only the first reads"""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """how processes talk: nccl between NVIDIA GPUs on Linux, else gloo"""
     deterministic: bool = False
     """bitwise repeatable on a GPU too, a little slower"""
     seed: int = 42
@@ -247,14 +265,61 @@ class ResumeConfig(Config):
 
 
 class DownloadConfig(Config):
-    """Get a model and put it into the cache or a folder."""
+    """Get a model or a data set and put it into the cache or a folder."""
 
     name: str
     """catalog name, hub name or folder"""
-    source: Literal["auto", "local", "hf", "hf-mirror", "modelscope", "package"] = "auto"
+    source: Literal["auto", "local", "hf", "hf-mirror", "modelscope", "package", "meta"] = "auto"
     """where to get it from"""
+    kind: Literal["model", "dataset"] = "model"
+    """what the name names"""
+    url: str = ""
+    """for --source meta: the signed link from Meta's e-mail"""
     output: str = Field(default="", json_schema_extra=_aliases("-o"))
     """folder to write instead of the cache"""
+
+
+class ConvertConfig(Config):
+    """Convert a model folder: Meta's .pth files, a GGUF file or a sharded run to Hugging Face
+    safetensors, or back to Meta's layout."""
+
+    source: str
+    """Meta folder, GGUF file, run folder, or (with --to meta) a model folder"""
+    output: str = Field(json_schema_extra=_aliases("-o"))
+    """folder to write; must be new"""
+    to: Literal["hf", "meta"] = "hf"
+    """layout to write"""
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """number format of the weights; auto = as they are"""
+    tokenizer: str = ""
+    """folder or tokenizer.model to take the tokenizer from; empty = the source's own"""
+    shards: Positive = 1
+    """with --to meta: number of consolidated files (model parallel size)"""
+    overwrite: bool = False
+    """replace the output folder"""
+
+
+class ExpandConfig(Config):
+    """Give a tokenizer the pieces it lacks, and the model their rows."""
+
+    model: str = Field(json_schema_extra=_aliases("-m"))
+    """model folder, catalog name, or a folder with only a tokenizer"""
+    output: str = Field(json_schema_extra=_aliases("-o"))
+    """folder to write; must be new"""
+    preset: Literal["none", "hanzi"] = "none"
+    """hanzi: every Chinese character of the basic block, and Chinese punctuation"""
+    corpus: tuple[str, ...] = ()
+    """text, JSON, CSV or parquet files to learn new pieces from; repeat for several"""
+    size: Count = 0
+    """with --corpus: how many pieces to add; 0 = as the advice says"""
+    form: Literal["grown", "added-tokens"] = "grown"
+    """grown: part of the tokenizer's own model; added-tokens: beside it (slower, loses spaces)"""
+    init: Literal["mean", "first", "random", "zero"] = "mean"
+    """new rows start as the mean of the old pieces' rows, the first one's, random, or zero"""
+    advise: bool = False
+    """only measure the corpus and say whether expanding pays"""
+    overwrite: bool = False
+    """replace the output folder"""
 
 
 class ModelsConfig(Config):

@@ -45,6 +45,11 @@ SYNONYMS = {
     "data": "dataset",
     "base_model": "model",
     "precision": "dtype",
+    "quantization": "quantize",
+    "load_in_8bit": "quantize",
+    "load_in_4bit": "quantize",
+    "num_virtual_tokens": "virtual_tokens",
+    "fsdp": "sharding",
 }
 """Names other trainers use, for did-you-mean only."""
 

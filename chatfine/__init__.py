@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from chatfine.api import (
         chat,
         check_data,
+        convert,
         demo,
         doctor,
         download,
@@ -43,6 +44,7 @@ __all__ = [
     "Message",
     "chat",
     "check_data",
+    "convert",
     "demo",
     "doctor",
     "download",

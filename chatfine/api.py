@@ -47,13 +47,25 @@ def models() -> Result:
     return _call("models")
 
 
-def download(name: PathLike, *, source: str = "auto", output: PathLike | None = None) -> Result:
+def download(
+    name: PathLike, *, source: str = "auto", output: PathLike | None = None, **settings: Any
+) -> Result:
     """Get a model by catalog name, hub name or folder; returns where it lies.
 
     Raises:
         ModelError: no such model, or no source has it.
     """
-    return _call("download", name=name, source=source, output=output)
+    return _call("download", name=name, source=source, output=output, **settings)
+
+
+def convert(source: PathLike, output: PathLike, **settings: Any) -> Result:
+    """Meta's .pth files, a GGUF file or a sharded run become a model folder (or, with `to="meta"`,
+    a model folder becomes Meta's layout).
+
+    Raises:
+        ModelError: files that can't be converted; nothing is left behind.
+    """
+    return _call("convert", source=source, output=output, **settings)
 
 
 def tokens(text: str = "", *, model: PathLike, **settings: Any) -> Result:

@@ -32,6 +32,8 @@ COMMANDS = {
     "models": Command("ModelsConfig", "chatfine.commands.get:models", (), "chatfine models"),
     "download": Command("DownloadConfig", "chatfine.commands.get:download", ("name",),
                         "chatfine download smollm2-135m-instruct"),
+    "convert": Command("ConvertConfig", "chatfine.commands.convert:convert", ("source",),
+                       "chatfine convert llama-2-7b-chat -o llama-2-7b-chat-hf"),
     "tokens": Command("TokensConfig", "chatfine.commands.tokens:tokens", ("text",),
                       'chatfine tokens "Hello, 你好" -m smollm2-135m-instruct'),
     "data": Command("DataConfig", "chatfine.commands.check:data", ("action", "dataset"),
@@ -56,13 +58,20 @@ _BROKEN_PIPE = 141  # what a shell shows for a program that ended because its re
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(sys.argv[1:] if argv is None else argv, _dispatch)
+
+
+def guarded(words: Sequence[str], do: Callable[[set[str], list[str]], None]) -> int:
+    """Run `do` with the switches of every command and the other words; returns the exit code.
+
+    Whatever goes wrong in it becomes a sentence and a code: no door shows a bare traceback.
+    """
     switches, rest = split_switches(words)
     console.set_json_mode("--json" in switches)
     console.make_streams_safe()
     try:
         try:
-            _dispatch(switches, rest)
+            do(switches, rest)
             sys.stdout.flush()
             return 0
         except BrokenPipeError:

@@ -100,8 +100,13 @@ class ModelOptions(Config):
     """number format of the weights while computing"""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """where to compute"""
-    quantize: Literal["none", "int8", "nf4"] = "none"
-    """store the frozen weights in 8 or 4 bits (bitsandbytes); adapters stay exact"""
+
+
+class StoredOptions(ModelOptions):
+    """How the weights of a model that only answers are stored."""
+
+    quantize: Literal["auto", "none", "int8", "nf4"] = "auto"
+    """store the weights in 8 or 4 bits; auto = as the adapter was trained"""
 
 
 class DataOptions(Config):
@@ -167,8 +172,11 @@ class TrainConfig(ModelOptions, DataOptions):
 
     output: str = Field(default="", json_schema_extra=_aliases("-o"))
     """run folder to write; must be new"""
-    method: Literal["lora", "dora", "full", "freeze", "prefix", "llama-adapter"] = "lora"
-    """what learns: low-rank adapters, all weights, the last layers, or learned prefixes"""
+    method: Literal["lora", "dora", "rows", "full", "freeze", "prefix", "llama-adapter"] = "lora"
+    """what learns: low-rank adapters, only the rows of new vocabulary, all weights, the last layers,
+    or learned prefixes"""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """store the frozen weights in 8 or 4 bits; adapters stay exact"""
     rank: Positive = 8
     """rank of the adapter"""
     alpha: Count = 0
@@ -184,6 +192,12 @@ class TrainConfig(ModelOptions, DataOptions):
     """length of what prefix and llama-adapter learn; 0 = by method (prefix 30, llama-adapter 10)"""
     adapter: str = ""
     """adapter or run folder to go on from"""
+    train_rows: Literal["auto", "none", "new"] = "auto"
+    """whether the rows of new vocabulary learn beside lora or dora; auto = where there are some"""
+    rows_learning_rate: Annotated[float, Field(ge=0)] = 0
+    """peak learning rate of new rows; 0 = five times --learning-rate"""
+    rows_first: Annotated[float, Field(ge=0)] = 0
+    """only new rows learn at first: a share of all steps if below 1, else a number of steps"""
     freeze_layers: Positive = 2
     """for --method freeze: how many of the last layers learn"""
     epochs: Annotated[float, Field(gt=0)] = 3
@@ -191,7 +205,8 @@ class TrainConfig(ModelOptions, DataOptions):
     max_steps: Count = 0
     """optimizer steps in all; overrides --epochs and repeats the data as needed"""
     learning_rate: Annotated[float, Field(ge=0)] = 0
-    """peak learning rate; 0 = by method (adapters 2e-4, full and freeze 2e-5)"""
+    """peak learning rate; 0 = by method (lora and dora 2e-4, rows 1e-3, prefix 1e-2, llama-adapter
+    9e-3, full and freeze 2e-5)"""
     scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     """how the learning rate falls after the warm-up"""
     warmup: Annotated[float, Field(ge=0)] = 0.03
@@ -249,8 +264,33 @@ class TrainConfig(ModelOptions, DataOptions):
 
     @property
     def peak_learning_rate(self) -> float:
-        """The learning rate with the method's default filled in."""
-        return self.learning_rate or (2e-4 if self.method in ("lora", "dora") else 2e-5)
+        """The learning rate with the method's default filled in.
+
+        A few learned keys, values or tokens need steps of another size than weights do: 1e-2 is
+        that of PEFT's prefix-tuning guide, 9e-3 that of the LLaMA-Adapter paper.
+        """
+        if self.method == "rows" and self.rows_learning_rate:
+            return self.rows_learning_rate
+        by_method = {"lora": 2e-4, "dora": 2e-4, "rows": 1e-3, "prefix": 1e-2,
+                     "llama-adapter": 9e-3}  # fmt: skip
+        return self.learning_rate or by_method.get(self.method, 2e-5)
+
+    @property
+    def rows_factor(self) -> float:
+        """The learning rate of new rows as a multiple of `peak_learning_rate`.
+
+        A row of the embedding learns only where its piece occurs, and starts as a guess.
+        """
+        if self.method == "rows":
+            return 1.0
+        return self.rows_learning_rate / self.peak_learning_rate if self.rows_learning_rate else 5.0
+
+    @property
+    def learned_tokens(self) -> int:
+        """How many tokens prefix or llama-adapter learn, with the method's default filled in; 0 for
+        other methods."""
+        default = {"prefix": 30, "llama-adapter": 10}.get(self.method, 0)
+        return default and (self.virtual_tokens or default)
 
 
 class PlanConfig(TrainConfig):
@@ -280,8 +320,7 @@ class DownloadConfig(Config):
 
 
 class ConvertConfig(Config):
-    """Convert a model folder: Meta's .pth files, a GGUF file or a sharded run to Hugging Face
-    safetensors, or back to Meta's layout."""
+    """Make a model folder of Meta's .pth files, a GGUF file or a sharded run; or Meta's of one."""
 
     source: str
     """Meta folder, GGUF file, run folder, or (with --to meta) a model folder"""
@@ -293,6 +332,8 @@ class ConvertConfig(Config):
     """number format of the weights; auto = as they are"""
     tokenizer: str = ""
     """folder or tokenizer.model to take the tokenizer from; empty = the source's own"""
+    context: Count = 0
+    """longest sequence in tokens, which Meta's files do not say; 0 = by the model's family"""
     shards: Positive = 1
     """with --to meta: number of consolidated files (model parallel size)"""
     overwrite: bool = False
@@ -316,6 +357,8 @@ class ExpandConfig(Config):
     """grown: part of the tokenizer's own model; added-tokens: beside it (slower, loses spaces)"""
     init: Literal["mean", "first", "random", "zero"] = "mean"
     """new rows start as the mean of the old pieces' rows, the first one's, random, or zero"""
+    init_output: Literal["mean", "first", "random", "zero"] = "mean"
+    """the same for the rows of the head, where it is not the embedding itself"""
     advise: bool = False
     """only measure the corpus and say whether expanding pays"""
     overwrite: bool = False
@@ -376,21 +419,31 @@ class SamplingOptions(Config):
 
     max_new_tokens: Positive = 256
     """longest answer in tokens"""
+    min_new_tokens: Count = 0
+    """shortest answer in tokens"""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 = always the likeliest token; higher = more varied"""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """sample only from the likeliest tokens that together have this probability"""
     top_k: Count = 0
     """sample only from so many likeliest tokens; 0 = all"""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """sample only tokens at least this times as likely as the likeliest"""
+    typical_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """sample only from the most typical tokens that together have this probability"""
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
     """above 1: tokens already used become less likely"""
+    no_repeat_ngram_size: Count = 0
+    """never say so many tokens in a row a second time; 0 = allowed"""
     seed: int = 42
     """seed of the sampling"""
 
 
-class ChatConfig(ModelOptions, SamplingOptions):
+class ChatConfig(StoredOptions, SamplingOptions):
     """Talk with a model, a run or an adapter."""
 
+    base: str = ""
+    """base model of an adapter; empty = the one the adapter names"""
     system: str = ""
     """system prompt"""
     prompt: str = ""
@@ -405,11 +458,15 @@ class ChatConfig(ModelOptions, SamplingOptions):
     """JSONL file for the answers to --input"""
     batch_size: Positive = 8
     """prompts answered at once with --input"""
+    safety: tuple[Literal["azure", "sensitive-topics", "salesforce"], ...] = ()
+    """check questions and answers with this service or classifier; repeat for several"""
+    safety_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """for --safety salesforce: a text with a lower score is unsafe"""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 = always the likeliest token; higher = more varied"""
 
 
-class EvalConfig(ModelOptions, DataOptions, SamplingOptions):
+class EvalConfig(StoredOptions, DataOptions, SamplingOptions):
     """Measure a model, a run or an adapter on a data set."""
 
     generate: bool = False

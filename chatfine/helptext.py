@@ -51,7 +51,8 @@ def columns(rows: Iterable[tuple[str, str]], total: int) -> list[str]:
     return lines
 
 
-def _screen() -> int:
+def screen_width() -> int:
+    """Columns that a help text may take."""
     return min(shutil.get_terminal_size().columns, 100)
 
 
@@ -65,6 +66,7 @@ def overview(version: str) -> str:
         (t("The story"), [
             ("models", t("the models known by name")),
             ("download NAME", t("get a model")),
+            ("convert DIR -o DIR", t("Meta's .pth files or a GGUF file become a model folder")),
             ("tokens TEXT -m MODEL", t("see how a text becomes tokens")),
             ("data check|show DATASET -m MODEL", t("check your data, see what will be learned")),
             ("plan -m MODEL -d DATASET", t("memory, disk and time of a run before it starts")),
@@ -83,7 +85,7 @@ def overview(version: str) -> str:
     lines = [t("chatfine {version}: fine-tune a chat model and talk with it", version=version), ""]
     lines += [t("usage: chatfine COMMAND [flags]")]
     for title, rows in groups:
-        lines += ["", title, *columns(rows, _screen())]
+        lines += ["", title, *columns(rows, screen_width())]
     lines += ["", t("For example")]
     lines += [
         "  chatfine download smollm2-135m-instruct",
@@ -102,25 +104,25 @@ def command_help(name: str, command: Command, flags: Mapping[str, Flag]) -> str:
     places = [f"[{RECIPE}.yaml]" if place == RECIPE else _place(flags[place])
               for place in command.positional]  # fmt: skip
     lines = [t("usage: chatfine {name} [flags]", name=" ".join([name, *places])), ""]
-    lines += wrap(first_line(command.config_class()), _screen())
+    lines += wrap(first_line(command.config_class()), screen_width())
     positional = [flags[place] for place in command.positional if place != RECIPE]
     rows = [(_place(flag).strip("[]"), _meaning(flag)) for flag in positional]
     if RECIPE in command.positional:
         rows.append((f"{RECIPE}.yaml", t("settings, one `name: value` a line; flags come on top")))
     if rows:
-        lines += ["", t("Arguments"), *columns(rows, _screen())]
+        lines += ["", t("Arguments"), *columns(rows, screen_width())]
     for title, group in _groups(command, flags):
         lines += [
             "",
             title,
-            *columns([(_spelling(flag), _meaning(flag)) for flag in group], _screen()),
+            *columns([(_spelling(flag), _meaning(flag)) for flag in group], screen_width()),
         ]
     switches = [
         ("--json", t("one JSON object on stdout, everything else on stderr")),
         ("--debug", t("show the traceback of an error")),
         ("-h, --help", t("this text")),
     ]
-    lines += ["", t("Every command"), *columns(switches, _screen())]
+    lines += ["", t("Every command"), *columns(switches, screen_width())]
     if command.example:
         lines += ["", t("For example"), "  " + command.example]
     return "\n".join(lines)

@@ -5,9 +5,11 @@ torch is imported inside the functions, so that commands which refuse bad input 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import random
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,12 @@ def home() -> Path:
     if platform.system() == "Windows":
         return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "chatfine"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chatfine"
+
+
+def launched() -> tuple[int, int]:
+    """Rank and number of the processes that a launcher (torchrun, Ray Train) started; (0, 1) if it
+    did not."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -111,3 +119,17 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def require_storage(quantize: str) -> None:
+    """Refuse a storage of frozen weights whose package is not installed; it is not loaded yet.
+
+    Raises:
+        ResourceError: with the command that installs it.
+    """
+    if quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ResourceError(
+            "no-bitsandbytes",
+            t("--quantize nf4 needs the package bitsandbytes"),
+            fix=(f"{sys.executable} -m pip install bitsandbytes", "--quantize int8"),
+        )

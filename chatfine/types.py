@@ -30,12 +30,14 @@ class Message:
 class Dialogue:
     """The messages of one row and where the row came from (`file:line`, for error messages).
 
-    `plain` marks running text: no chat template, every token is trained on.
+    `plain` marks running text: no chat template, every token is trained on. `example` is there
+    where the row came as tokens; it then has no messages.
     """
 
     messages: tuple[Message, ...]
     where: str = ""
     plain: bool = False
+    example: Example | None = None
 
 
 @dataclass(frozen=True, slots=True)

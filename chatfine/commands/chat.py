@@ -17,6 +17,7 @@ from chatfine.types import Message
 
 if TYPE_CHECKING:
     from chatfine.serve.questions import Question
+    from chatfine.serve.safety import Check
     from chatfine.serve.speaker import Speaker
 
 STEP_BATCHES = 4
@@ -35,8 +36,11 @@ def chat(config: ChatConfig) -> dict[str, Any]:
         Refused: a model or file that can't be used, before torch is imported.
     """
     _check_ways(config)
-    opened = [open_source(name) for name in (config.model, config.compare) if name]
+    opened = [open_source(config.model, config.base)]
+    if config.compare:
+        opened.append(open_source(config.compare))
     for one in opened:
+        one.storage(config.quantize)
         if not one.tokenizer.template:
             raise TokenizerError(
                 "no-template",
@@ -54,7 +58,12 @@ def chat(config: ChatConfig) -> dict[str, Any]:
         questions = read_questions(Path(config.prompt_file or config.input), system)
         if config.input:
             check_answers_file(Path(config.output))
-    speakers = _load(opened, config)
+    checks: list[Check] = []
+    if config.safety:
+        from chatfine.serve.safety import make_checks
+
+        checks = make_checks(config.safety, config.safety_threshold)
+    speakers = _load(opened, config, checks)
     if config.input:
         return _answer_file(config, opened, speakers, questions)
     if config.prompt_file:
@@ -83,7 +92,7 @@ def _check_ways(config: ChatConfig) -> None:
         )
 
 
-def _load(opened: Sequence[Opened], config: ChatConfig) -> list[Speaker]:
+def _load(opened: Sequence[Opened], config: ChatConfig, checks: Sequence[Check]) -> list[Speaker]:
     """The voices; a base beside its own adapter is one model with the adapter switched off."""
     from chatfine.runtime import pick_device, pick_dtype
     from chatfine.serve.speaker import Speaker
@@ -91,18 +100,22 @@ def _load(opened: Sequence[Opened], config: ChatConfig) -> list[Speaker]:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     sampling = sampling_of(config)
+    storages = [one.storage(config.quantize) for one in opened]
     names = [one.name for one in opened]
     if len(opened) == 2:
         paths = [one.source.model.resolve() for one in opened]
         adapters = [one.source.adapter for one in opened]
         if paths[0] == paths[1] and adapters.count(None) == 1:
             tuned = adapters.index(None) ^ 1
-            model = opened[tuned].load(dtype, device)
+            model = opened[tuned].load(dtype, device, storages[tuned])
             return [
-                Speaker(name, model, one.tokenizer, sampling, adapter_off=place != tuned)
+                Speaker(name, model, one.tokenizer, sampling, place != tuned, checks)
                 for place, (name, one) in enumerate(zip(names, opened, strict=True))
             ]
-    return [Speaker(one.name, one.load(dtype, device), one.tokenizer, sampling) for one in opened]
+    return [
+        Speaker(one.name, one.load(dtype, device, storage), one.tokenizer, sampling, checks=checks)
+        for one, storage in zip(opened, storages, strict=True)
+    ]
 
 
 def _answer_once(speakers: Sequence[Speaker], prompt: str, system: str) -> dict[str, Any]:
@@ -168,6 +181,8 @@ def _answer_file(
         "tokenizers": [one.tokenizer.digest for one in opened],
         "sampling": asdict(speakers[0].sampling),
         "system": config.system,
+        "safety": [list(config.safety), config.safety_threshold],
+        "quantize": [one.storage(config.quantize) for one in opened],
         "batch_size": config.batch_size,
     }
     with Progress(console=console.console(), transient=True) as bar:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from chatfine import console
 from chatfine.config import DataConfig, DataOptions
 from chatfine.data.examples import DataSettings, load_dialogues, load_examples
+from chatfine.data.tokenise import encode_one
 from chatfine.hub.catalog import find_model
 from chatfine.hub.folder import read_model_folder
 from chatfine.i18n import t
@@ -52,11 +53,9 @@ def _show(config: DataConfig, tokenizer: ChatTokenizer, settings: DataSettings) 
     """Print the first examples of each data set."""
     shown = []
     for dataset in config.dataset:
-        for dialogue in load_dialogues(dataset, settings, "train")[: config.number]:
-            if dialogue.plain:
-                example = tokenizer.encode_plain(dialogue.messages[0].content)
-            else:
-                example = tokenizer.encode_dialogue(dialogue.messages, settings.train_on)  # type: ignore[arg-type]
+        dialogues = load_dialogues(dataset, settings, "train", tokenizer)
+        for dialogue in dialogues[: config.number]:
+            example = encode_one(dialogue, tokenizer, settings.train_on)
             trained = sum(map(bool, example.mask))
             console.heading(
                 t("{where}: {tokens} tokens, {trained} trained on", where=dialogue.where,

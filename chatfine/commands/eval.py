@@ -35,10 +35,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         Refused: a model or data that can't be used.
     """
     opened = open_source(config.model, template=config.template)
+    storage = opened.storage(config.quantize)
     settings = _settings(config, opened)
     dialogues: list[Dialogue] = []
     for dataset in config.dataset:
-        dialogues += load_dialogues(dataset, settings, config.split)
+        dialogues += load_dialogues(dataset, settings, config.split, opened.tokenizer)
     dialogues = dialogues[: config.limit or None]
     examples = encode_dialogues(dialogues, opened.tokenizer, settings)
     asked = _answerable(dialogues, opened) if config.generate else []
@@ -48,7 +49,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     from chatfine.runtime import pick_device, pick_dtype
 
     device = pick_device(config.device)
-    model = opened.load(pick_dtype(config.dtype, device), device)
+    model = opened.load(pick_dtype(config.dtype, device), device, storage)
     console.say(t("measuring the loss on {n} examples …", n=len(examples)))
     loss = evaluate_loss(model, in_order(examples, CAPACITY_TOKENS, share=True), device)
     result: dict[str, Any] = {

@@ -1,7 +1,8 @@
-"""`chatfine download` and `chatfine models`: the hub and the tokenizer's files joined."""
+"""`chatfine download` and `chatfine models`: the hub, the tokenizer's files and data joined."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 from chatfine import console
 from chatfine.config import DownloadConfig, ModelsConfig
+from chatfine.errors import UsageError
 from chatfine.hub import catalog
 from chatfine.hub import download as hub
+from chatfine.hub.datasets import fetch_dataset, is_hub_name
 from chatfine.hub.folder import read_model_folder
 from chatfine.i18n import t
 
@@ -19,14 +22,20 @@ def get_model(name: str, source: str = "auto", output: str | Path | None = None)
     """Download a model (or find it here) and return its folder; shows what happens."""
     from chatfine.tokenizer.files import write_from_gguf
 
-    with _bar() as progress:
+    with byte_bar() as progress:
         return hub.download(
             name, source, output or None, say=console.say, finish=write_from_gguf, progress=progress
         )
 
 
 def download(config: DownloadConfig) -> dict[str, Any]:
-    """Get a model and put it into the cache or a folder."""
+    """Get a model or a data set and put it into the cache or a folder."""
+    if config.source == "meta":
+        return _download_meta(config)
+    if config.url:
+        raise UsageError("bad-setting", t("{flag} goes with --source meta", flag="--url"))
+    if config.kind == "dataset":
+        return _download_dataset(config)
     path = get_model(config.name, config.source, config.output)
     folder = read_model_folder(path)
     console.say(
@@ -43,6 +52,41 @@ def download(config: DownloadConfig) -> dict[str, Any]:
         "weight_bytes": folder.weight_bytes,
         "dtype": folder.dtype,
     }
+
+
+def _download_meta(config: DownloadConfig) -> dict[str, Any]:
+    from chatfine.hub.meta_download import download_meta
+
+    url = config.url
+    if not url and sys.stdin.isatty():
+        url = console.ask(t("the link from Meta's e-mail: "))
+    output = Path(config.output).expanduser() if config.output else None
+    with byte_bar() as progress:
+        path = download_meta(config.name, url, output, console.say, progress)
+    console.say(t("{name} is in {path}, in Meta's layout", name=config.name, path=path))
+    convert = f"chatfine convert {path} -o {Path(config.name).name.lower().removesuffix('-hf')}-hf"
+    console.say(t("now type: {command}", command=convert), style="bold")
+    return {"name": config.name, "path": str(path)}
+
+
+def _download_dataset(config: DownloadConfig) -> dict[str, Any]:
+    from chatfine.data.sources import locate
+
+    named = config.name
+    if is_hub_name(named) and not Path(named).exists():
+        with byte_bar() as progress:
+            path = fetch_dataset(named, config.source, console.say, config.output, progress)
+        named = str(path) if config.output else named
+        console.say(t("{name} is in {path}", name=config.name, path=path))
+    splits = {split: [str(file) for file in files] for split, files in locate(named).splits.items()}
+    sizes = {split: sum(Path(file).stat().st_size for file in splits[split]) for split in splits}
+    console.table(
+        [t("split"), t("files"), t("size")],
+        [[split, str(len(splits[split])), console.size(sizes[split])] for split in splits],
+    )
+    check = f"chatfine data check {named} -m smollm2-135m-instruct"
+    console.say(t("now type: {command}", command=check), style="bold")
+    return {"name": config.name, "dataset": named, "splits": splits, "bytes": sum(sizes.values())}
 
 
 def models(config: ModelsConfig) -> dict[str, Any]:
@@ -88,7 +132,7 @@ def _note(entry: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _bar() -> Iterator[hub.Progress]:
+def byte_bar() -> Iterator[hub.Progress]:
     """A bar that appears with the first byte."""
     from rich import progress
 

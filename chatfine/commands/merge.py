@@ -13,8 +13,8 @@ from chatfine.config import MergeConfig
 from chatfine.errors import ModelError
 from chatfine.export.adapter import read_adapter
 from chatfine.export.card import write_card
-from chatfine.export.place import check_output
 from chatfine.hub.catalog import lookup
+from chatfine.hub.place import check_output
 from chatfine.i18n import t
 from chatfine.runtime import pick_dtype
 from chatfine.types import Message
@@ -93,6 +93,16 @@ def _write_card(opened: Opened, output: Path, result: MergeResult) -> None:
 
 
 def _show(output: Path, result: MergeResult) -> None:
+    choice = result.quantized
+    if choice is not None:
+        weights = {"full": t("the exact weights"), "dequantized": t("the rounded weights")}
+        console.say(
+            t("trained on a base in {storage}; added to {weights}, which come closer to it: logits "
+              "differ by {near:.2g} at most, with the others by {far:.2g}",
+              storage=choice.storage, weights=weights[choice.added_to],
+              near=min(choice.gap_full, choice.gap_dequantized),
+              far=max(choice.gap_full, choice.gap_dequantized))
+        )  # fmt: skip
     console.say(
         t("proved: logits of base + adapter and of the merged model differ by {gap:.1e} at most, "
           "before rounding", gap=result.gap)

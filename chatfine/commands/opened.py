@@ -17,6 +17,7 @@ from chatfine.hub.folder import (
 )
 from chatfine.hub.headers import read_json
 from chatfine.i18n import t
+from chatfine.runtime import require_storage
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.tokenizer.files import read_files
 
@@ -42,17 +43,34 @@ class Opened:
         """The system prompt it was trained with."""
         return str(self.facts.get("system") or "")
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> Any:
-        """The model with its adapter on it, ready to answer."""
-        from chatfine.model import lora
+    @property
+    def trained_on(self) -> str:
+        """How the base was stored when the adapter was trained: none, int8 or nf4."""
+        return str(self.facts.get("quantize") or "none") if self.source.adapter else "none"
+
+    def storage(self, quantize: str) -> str:
+        """How to store the weights under the setting `quantize`.
+
+        Raises:
+            ResourceError: a package that it needs is not installed.
+        """
+        chosen = self.trained_on if quantize == "auto" else quantize
+        require_storage(chosen)
+        return chosen
+
+    def load(self, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
+        """The model with its adapter on it, ready to answer.
+
+        Args:
+            dtype: number format of the weights, or of those that `quantize` leaves.
+            device: where to compute.
+            quantize: none, int8 or nf4.
+        """
         from chatfine.model.adapters import load_adapter
         from chatfine.model.load import load_model
 
-        model = load_model(self.source.model, dtype, device)
-        if self.source.adapter:
-            model = load_adapter(model, self.source.adapter)
-            lora.install(model)  # the forward it was trained with, and a little faster
-        return model
+        model = load_model(self.source.model, dtype, device, quantize)
+        return load_adapter(model, self.source.adapter) if self.source.adapter else model
 
 
 def open_source(name: str, base: str = "", template: str = "model") -> Opened:

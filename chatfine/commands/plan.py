@@ -20,6 +20,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         prepared = prepare(config.model_copy(update={"output": str(Path(scratch) / "run")}))
         prepared.run.mkdir()
         prepared.data.report.show()
+        from chatfine.train.distributed import Group
         from chatfine.train.session import Session
 
-        return Session(prepared).show_plan()
+        return Session(prepared, Group()).show_plan()

@@ -10,6 +10,7 @@ numpy promises to keep; its shuffling routines carry no such promise.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -128,13 +129,22 @@ class Batches:
         """This rank's micro-batches of optimizer step `index`, counted from 0 over the whole run.
 
         The last step of an epoch may be smaller. Units are dealt to the ranks in turn, so their
-        shares differ by at most one unit; where there are fewer units than ranks a rank's list is
-        empty, and it must still take part in the sums over ranks.
+        shares differ by at most one unit. Every rank gets as many micro-batches, because ranks that
+        share a model's weights must run it equally often: where units are lacking, ones without a
+        label.
         """
         epoch, units = self._units(index)
         mine = units[self._rank :: self._world]
-        groups = [mine[start : start + self._rows] for start in range(0, len(mine), self._rows)]
-        return [self._batch(self._members(epoch, group)) for group in groups]
+        most = -(-len(units) // self._world)  # units of the first rank, which never has fewer
+        groups = [mine[start : start + self._rows] for start in range(0, most, self._rows)]
+        return [
+            self._batch(self._members(epoch, group)) if len(group) else self._idle(epoch, units)
+            for group in groups
+        ]
+
+    def _idle(self, epoch: _Epoch, units: Indices) -> Batch:
+        """A micro-batch from which nothing is learned."""
+        return without_labels(self._batch(self._members(epoch, units[:1])[:1]))
 
     def supervised(self, index: int) -> int:
         """Labels of optimizer step `index` over all micro-batches of all ranks."""
@@ -297,7 +307,8 @@ def in_order(
 ) -> Iterator[Batch]:
     """Batches for evaluation: examples in order, each batch up to `capacity` tokens or one example.
 
-    Every `world`-th batch belongs to a rank; all ranks together see each example once.
+    Every `world`-th batch belongs to a rank; all ranks together see each example once. All get as
+    many, if need be one without a label (see `Batches.step`).
     """
     groups: list[list[int]] = []
     room = 0
@@ -309,3 +320,11 @@ def in_order(
         room -= length
     for group in groups[rank::world]:
         yield collate([examples[number] for number in group], group, share)
+    if rank >= len(groups) % world > 0:
+        yield without_labels(collate([examples[0]]))
+
+
+def without_labels(batch: Batch) -> Batch:
+    """The same batch, from which nothing is learned."""
+    batch.labels.fill_(IGNORE_INDEX)
+    return dataclasses.replace(batch, supervised=0, index=())

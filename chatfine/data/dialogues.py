@@ -7,20 +7,28 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from chatfine.data import builtin
+from chatfine.data import custom
+from chatfine.data.builtin import BuiltIn
 from chatfine.data.formats import Shape, Templates, detect, missing_field, to_dialogue
 from chatfine.data.problems import Problems
 from chatfine.data.rows import Row
-from chatfine.data.sources import read_rows, resolve_split, splits_of
+from chatfine.data.sources import locate, read_rows, resolve_split, splits_of
+from chatfine.data.user_file import Function
 from chatfine.errors import DataError, UsageError
 from chatfine.i18n import t
 from chatfine.types import Dialogue
 
+if TYPE_CHECKING:
+    from chatfine.tokenizer.encode import ChatTokenizer
+
 DEFAULT_FRACTION = 0.1
+EMPTY = ("data-empty-question", "data-empty-answer")
+"""What a published set may hold without ending a run."""
 SAMPLE_ROWS = 100
 """How many rows of a file decide its shape."""
 
@@ -61,37 +69,105 @@ class Part:
         return self.fraction == 1.0
 
 
-def read_dialogues(part: Part, settings: DataSettings, problems: Problems) -> Iterator[Dialogue]:
+def read_dialogues(
+    part: Part,
+    settings: DataSettings,
+    problems: Problems,
+    tokenizer: ChatTokenizer | None = None,
+) -> Iterator[Dialogue]:
     """The dialogues of one split in the order of its rows; what is wrong goes into `problems`.
+
+    Args:
+        part: what to read.
+        settings: see `DataSettings`.
+        problems: collects rows that can't be used.
+        tokenizer: handed to a data set's function; other data sets don't need it.
 
     Raises:
         DataError: no such data set or split; with `problems.skip` also a file that can't be read.
     """
     resolve_split(part.dataset, part.split)
-    rows = read_rows(part.dataset, part.split, problems.add)
+    place = locate(part.dataset)
     try:
+        if place.function:
+            call = call_of(part, place.function, settings)
+            yield from _dialogues_of_function(call, tokenizer, settings, problems)
+            return
+        rows = read_rows(part.dataset, part.split, problems.add)
         for _, group in itertools.groupby(rows, key=lambda row: row.path):
-            yield from _dialogues_of_file(group, part.dataset, settings, problems)
+            yield from _dialogues_of_file(group, place.entry, settings, problems)
     except DataError as error:
         problems.add_fatal(error)
 
 
-def _dialogues_of_file(
-    rows: Iterator[Row], dataset: str, settings: DataSettings, problems: Problems
+def call_of(part: Part, function: Function, settings: DataSettings) -> custom.Call:
+    """How a data set's function is called for one split."""
+    validates = part.only_validates or part.split in ("validation", "test")
+    return custom.Call(function, part.split, validates, settings.max_length, settings.train_on)
+
+
+def _dialogues_of_function(
+    call: custom.Call,
+    tokenizer: ChatTokenizer | None,
+    settings: DataSettings,
+    problems: Problems,
 ) -> Iterator[Dialogue]:
-    entry = builtin.TABLE.get(dataset)
-    if entry:
-        prepare = entry.prepare
-        rows = (
-            replace(row, values=prepare(row.values, settings.name, settings.author)) for row in rows
+    if tokenizer is None:
+        raise DataError(
+            "data-function-needs-model",
+            t("data from a function needs a model's tokenizer"),
+            where=str(call.function),
+            fix=t("name a model: -m MODEL"),
         )
+    found = custom.items(call, tokenizer)
+    yield from _dialogues_of_file(
+        (item for item in found if isinstance(item, Row)), None, settings, problems
+    )
+    for item in found:
+        if isinstance(item, DataError):
+            problems.add(item)
+        elif isinstance(item, Dialogue):
+            _refuse_rewriting(item, settings)
+            yield item
+
+
+def _refuse_rewriting(dialogue: Dialogue, settings: DataSettings) -> None:
+    if settings.prompt or settings.system:
+        raise DataError(
+            "data-tokens-fixed",
+            t("the rows are tokens already: --prompt, --response and --system can't change them"),
+            where=dialogue.where,
+            fix=t("leave them out, or let the function return messages"),
+        )
+
+
+def _dialogues_of_file(
+    rows: Iterator[Row], entry: BuiltIn | None, settings: DataSettings, problems: Problems
+) -> Iterator[Dialogue]:
+    if entry:
+        rows = _prepared(rows, entry, settings)
     sample = list(itertools.islice(rows, SAMPLE_ROWS))
+    if not sample:
+        return
     shape = _shape_of(sample, settings)
     for row in itertools.chain(sample, rows):
         try:
             yield to_dialogue(row, shape, settings.system)
         except DataError as error:
-            problems.add(error)
+            if entry and entry.flawed and error.code in EMPTY:
+                problems.leave_out(error)
+            else:
+                problems.add(error)
+
+
+def _prepared(rows: Iterator[Row], entry: BuiltIn, settings: DataSettings) -> Iterator[Row]:
+    """The rows as a built-in set wants them seen; where it has flaws, null is an empty text."""
+    for row in rows:
+        known = row.values
+        if entry.flawed:
+            known = {name: "" if value is None else value for name, value in known.items()}
+        for values in entry.prepare(known, settings.name, settings.author):
+            yield replace(row, values=values)
 
 
 def _shape_of(sample: Sequence[Row], settings: DataSettings) -> Shape | Templates:
@@ -159,8 +235,20 @@ def _own_validation(train: Sequence[Part]) -> list[Part]:
         if "validation" in splits_of(part.dataset):
             parts += [part, Part(part.dataset, "validation", 1.0)]
         else:
-            parts.append(replace(part, fraction=DEFAULT_FRACTION))
+            parts.append(replace(part, fraction=default_fraction(part.dataset)))
     return parts
+
+
+def default_fraction(dataset: str) -> float:
+    """The share held out where neither the user nor the data set names a validation split."""
+    entry = locate(dataset).entry
+    return entry.fraction if entry else DEFAULT_FRACTION
+
+
+def split_seed(dataset: str, settings: DataSettings) -> int:
+    """The seed that decides which rows are held out: the data set's own, else the run's."""
+    entry = locate(dataset).entry
+    return settings.seed if entry is None or entry.seed is None else entry.seed
 
 
 def _as_fraction(text: str) -> float | None:
@@ -182,6 +270,9 @@ def fingerprint(dialogue: Dialogue, seed: int) -> int:
     content = hashlib.blake2b(f"{seed}\n".encode(), digest_size=8)
     for turn in dialogue.messages:
         content.update(f"{turn.role}\0{turn.content}\0".encode())
+    if dialogue.example is not None:
+        tokens = np.array(dialogue.example.ids, dtype="<i8"), dialogue.example.mask
+        content.update(tokens[0].tobytes() + bytes(tokens[1]))
     return int.from_bytes(content.digest(), "little")
 
 
@@ -202,12 +293,17 @@ def held_out(prints: npt.NDArray[np.uint64], fraction: float) -> npt.NDArray[np.
     return np.isin(prints, unique[: min(chosen, len(unique) - 1)])
 
 
-def load_dialogues(dataset: str, settings: DataSettings, split: str = "") -> list[Dialogue]:
+def load_dialogues(
+    dataset: str,
+    settings: DataSettings,
+    split: str = "",
+    tokenizer: ChatTokenizer | None = None,
+) -> list[Dialogue]:
     """The dialogues of one split, checked, for evaluation and for looking at them.
 
     Without `split`: test, else validation, else all rows of a set that has no splits. A set without
     splits still has "train" and "validation" by name: the parts that training with the same
-    settings would use.
+    settings would use. `tokenizer` is for data sets that are functions.
 
     Raises:
         DataError: no such data set or split, or rows that can't be used.
@@ -218,13 +314,14 @@ def load_dialogues(dataset: str, settings: DataSettings, split: str = "") -> lis
     if split in ("train", "validation"):
         own = _as_fraction(settings.validation) if settings.validation else None
         if own is not None or "validation" not in splits:
-            fraction = DEFAULT_FRACTION if own is None else own
+            fraction = default_fraction(dataset) if own is None else own
             chosen = resolve_split(dataset, None)
     problems = Problems(skip=settings.on_bad_row == "skip")
-    found = list(read_dialogues(Part(dataset, chosen), settings, problems))
+    found = list(read_dialogues(Part(dataset, chosen), settings, problems, tokenizer))
     problems.raise_if_any()
     if fraction:
-        prints = np.array([fingerprint(one, settings.seed) for one in found], dtype=np.uint64)
+        seed = split_seed(dataset, settings)
+        prints = np.array([fingerprint(one, seed) for one in found], dtype=np.uint64)
         wanted = held_out(prints, fraction) == (split == "validation")
         found = [one for one, kept in zip(found, wanted, strict=True) if kept]
     if not found:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chatfine.errors import DataError
+from chatfine.hub.lfs import LFS_POINTER, pointer_fixes, pointer_why
 from chatfine.i18n import t
 
 HEAD_BYTES = 65536
@@ -19,7 +20,6 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
 BINARY_STARTS = {b"PK\x03\x04": "zip / xlsx", b"\x1f\x8b": "gzip", b"PAR1": "parquet"}
-LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,19 @@ def read_head(path: Path) -> bytes:
                 fix=t("unpack it, or save the table as CSV (UTF-8)"),
             )
     if head.startswith(LFS_POINTER):
-        raise DataError(
-            "data-lfs-pointer",
-            t("{path} is only a Git LFS pointer, the data is not here", path=path),
-            fix="git lfs pull",
-        )
+        raise lfs_pointer(path)
     return head
+
+
+def lfs_pointer(path: Path) -> DataError:
+    """The error for a Git LFS pointer in the place of a data file."""
+    return DataError(
+        "data-lfs-pointer",
+        t("{path} is only a Git LFS pointer, the data is not here", path=path),
+        where=str(path),
+        why=pointer_why(),
+        fix=pointer_fixes(path.parent, "chatfine download OWNER/NAME --kind dataset"),
+    )
 
 
 def read_lines(path: Path, shown: str) -> Iterator[Line]:

@@ -13,19 +13,23 @@ import numpy as np
 import numpy.typing as npt
 
 from chatfine.data import cache as cache_files
+from chatfine.data import custom
 from chatfine.data.dialogues import (
     DataSettings,
     Part,
+    call_of,
     fingerprint,
     held_out,
     load_dialogues,
     no_rows,
     parts_of,
     read_dialogues,
+    split_seed,
 )
 from chatfine.data.problems import Problems, Tally
 from chatfine.data.report import DataReport, PartReport, token_statistics
 from chatfine.data.sources import digest as digest_of
+from chatfine.data.sources import locate
 from chatfine.data.tokenise import check_dropped, encode
 from chatfine.types import Dialogue, Example
 
@@ -131,7 +135,7 @@ def load_examples(
     """Read, check, tokenise and split data sets; all rows are checked before anything is encoded.
 
     Args:
-        datasets: built-in names, files, folders or hub names.
+        datasets: built-in names, files, folders, functions or hub names.
         tokenizer: of the model to train.
         settings: see `DataSettings`.
         cache: folder of tokenised data; None = neither read nor written. The key is a hash of all
@@ -146,7 +150,7 @@ def load_examples(
         found = cache_files.load(cache / key)
         if found is not None:
             return _from_cache(*found)
-    splits = _build(parts, tokenizer, settings, key)
+    splits = _build(parts, tokenizer, settings)
     if cache is not None:
         arrays = {f"train{i}": one for i, one in enumerate(splits.train)}
         if splits.validation is not None:
@@ -194,16 +198,19 @@ def _cache_key(parts: Sequence[Part], tokenizer: ChatTokenizer, settings: DataSe
     values = {name: value for name, value in asdict(settings).items() if name != "mix"}
     total.update(repr((parts, sorted(values.items()))).encode())
     total.update(f"{tokenizer.digest} {tokenizer.template}".encode())
+    for part in parts:
+        function = locate(part.dataset).function
+        if function:  # what files it reads is its own affair, so its rows themselves count
+            call = call_of(part, function, settings)
+            total.update(custom.digest(call, tokenizer).encode())
     for dataset in dict.fromkeys(part.dataset for part in parts):
         total.update(digest_of(dataset).encode())
     return total.hexdigest()[:32]
 
 
-def _build(
-    parts: Sequence[Part], tokenizer: ChatTokenizer, settings: DataSettings, key: str
-) -> Splits:
+def _build(parts: Sequence[Part], tokenizer: ChatTokenizer, settings: DataSettings) -> Splits:
     problems = Problems(settings.on_bad_row == "skip")
-    checked = [_check(part, settings, problems) for part in parts]
+    checked = [_check(part, tokenizer, settings, problems) for part in parts]
     problems.raise_if_any()
     train: list[Examples] = []
     validation: list[Examples] = []
@@ -233,8 +240,17 @@ def _build(
     return Splits(
         train,
         joined if len(joined) else None,
-        DataReport(reports, key, tokens, settings.max_length),
+        DataReport(reports, _fingerprint([*train, joined]), tokens, settings.max_length),
     )
+
+
+def _fingerprint(parts: Sequence[Examples]) -> str:
+    """A hash of what is learned from, so that it stays when only the program has changed."""
+    total = hashlib.sha256()
+    for part in parts:
+        for array in (part.ids, part.mask, part.offsets):
+            total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,14 +259,18 @@ class _Checked:
     skipped: dict[str, Tally]
 
 
-def _check(part: Part, settings: DataSettings, problems: Problems) -> _Checked:
+def _check(
+    part: Part, tokenizer: ChatTokenizer, settings: DataSettings, problems: Problems
+) -> _Checked:
     """Read a part without encoding it; the fingerprints of its dialogues."""
     own = Problems(problems.skip)
-    found = [fingerprint(one, settings.seed) for one in read_dialogues(part, settings, own)]
+    seed = split_seed(part.dataset, settings)
+    dialogues = read_dialogues(part, settings, own, tokenizer)
+    found = [fingerprint(one, seed) for one in dialogues]
     problems.take(own)
     if not found and (own.skip or not own.total):
         raise no_rows(part.dataset, own)
-    return _Checked(np.array(found, dtype=np.uint64), own.by_code)
+    return _Checked(np.array(found, dtype=np.uint64), own.by_code | own.left_out)
 
 
 def _encode_part(
@@ -263,7 +283,7 @@ def _encode_part(
 ) -> tuple[Examples, Examples]:
     """(training, validation) examples of one part; the rows were checked before."""
     learned, validated = _Builder(), _Builder()
-    dialogues = read_dialogues(part, settings, Problems(skip=True))
+    dialogues = read_dialogues(part, settings, Problems(skip=True), tokenizer)
     for number, ids, mask in encode(dialogues, tokenizer, settings, report, problems):
         (validated if held[number] else learned).add(ids, mask)
     return learned.done(), validated.done()

@@ -73,6 +73,7 @@ RULES: tuple[Rule, ...] = (
     ("prompt", {"prompt": PROMPT, "completion": COMPLETION}),
     ("question", {"prompt": ("question",), "completion": ("answer",)}),
     ("question", {"prompt": QUESTION, "completion": ANSWER}),
+    ("prompt", {"prompt": PROMPT, "completion": ("answer",)}),
     ("summary", {"dialogue": DIALOGUE, "summary": SUMMARY}),
     ("text", {"text": ("text",)}),
     ("text", {"text": TEXT}),

@@ -39,6 +39,7 @@ class Problems:
     def __init__(self, skip: bool = False) -> None:
         self.skip = skip
         self.by_code: dict[str, Tally] = {}
+        self.left_out: dict[str, Tally] = {}
         self._first: list[DataError] = []
         self._fatal = False
 
@@ -52,6 +53,10 @@ class Problems:
         self.by_code.setdefault(error.code, Tally()).add(error.where)
         if len(self._first) < SHOWN:
             self._first.append(error)
+
+    def leave_out(self, error: DataError) -> None:
+        """Note one row of a published set that is passed over, as `skip` would."""
+        self.left_out.setdefault(error.code, Tally()).add(error.where)
 
     def add_fatal(self, error: DataError) -> None:
         """Note an error that ends the reading of a file; with `skip`, raise it."""

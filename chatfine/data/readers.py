@@ -1,7 +1,8 @@
 """Data files → rows that know their line and column.
 
-JSON and JSONL, CSV and TSV, parquet, and plain text (each paragraph, that is each block between
-blank lines, is one row). A row that can't be read is handed to `on_bad` and the reading goes on.
+JSON and JSONL, CSV and TSV, parquet, Arrow, and plain text (each paragraph, that is each block
+between blank lines, is one row). A row that can't be read is handed to `on_bad` and the reading
+goes on.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from pathlib import Path
 
 from chatfine.data.encoding import Line, read_head, read_lines
 from chatfine.data.problems import OnBad
+from chatfine.data.read_arrow import read_columns
 from chatfine.data.read_json import is_json_lines, read_json, read_json_lines
 from chatfine.data.read_table import read_table
 from chatfine.data.rows import Row
-from chatfine.errors import DataError
-from chatfine.i18n import t
 
 TEXT_SUFFIXES = (".txt", ".md")
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", *TEXT_SUFFIXES)
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow",
+            *TEXT_SUFFIXES)  # fmt: skip
 """The kinds of file `read_file` knows."""
 
 
@@ -29,8 +30,8 @@ def read_file(path: Path, shown: str, on_bad: OnBad) -> Iterator[Row]:
         DataError: the file as a whole can't be read.
     """
     suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        return _parquet(path, shown)
+    if suffix in (".parquet", ".arrow"):
+        return read_columns(path, shown)
     if suffix in (".csv", ".tsv"):
         return read_table(path, shown, on_bad)
     if suffix in TEXT_SUFFIXES:
@@ -59,24 +60,3 @@ def _paragraphs(path: Path, shown: str, on_bad: OnBad) -> Iterator[Row]:
 def _paragraph(block: list[Line], shown: str) -> Row:
     text = "".join(line.text for line in block).replace("\r\n", "\n").rstrip("\n")
     return Row(shown, block[0].number, {"text": text}, text, find=lambda *_: 0)
-
-
-def _parquet(path: Path, shown: str) -> Iterator[Row]:
-    """Rows of a parquet file, read a thousand at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1000):
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(shown, number, values)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            "data-bad-parquet",
-            t("{path} is not a readable parquet file", path=path),
-            where=f"{shown}:{number + 1}",
-            why=str(error).splitlines()[0],
-            fix=t("download or write the file again"),
-        ) from None

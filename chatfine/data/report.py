@@ -109,7 +109,7 @@ class PartReport:
 
 @dataclass(slots=True)
 class DataReport:
-    """All data sets of one run. `fingerprint` names data, settings and tokenizer together."""
+    """All data sets of one run. `fingerprint` is a hash of the ids and masks of all examples."""
 
     parts: list[PartReport]
     fingerprint: str

@@ -1,4 +1,11 @@
-"""Where rows come from: a built-in set, a file, a folder of files, or a data set of the hub.
+"""Where rows come from: a built-in set, a file, a folder of files, a function of the user, or a
+data set of the hub.
+
+    NAME  NAME:PATH      a built-in set, or files of the user read as that set (builtin.py)
+    FILE  FOLDER         data files
+    FILE.py:FUNCTION     a function, get_custom_dataset where none is named (custom.py)
+    OWNER/NAME:SUBSET    a data set of the hub
+    …[SPLIT]             only that split of any of these
 
 A built-in name wins over a file of the same name; write ./dialogs for the file. In a folder the
 split of a file is read from its name or its parent's (train, validation, valid, val, dev, test,
@@ -8,20 +15,24 @@ else lies there, since a README or a licence is no data.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from chatfine.data import builtin
+from chatfine import console
+from chatfine.data import builtin, custom, places
+from chatfine.data.builtin import BuiltIn
+from chatfine.data.folders import named_splits
 from chatfine.data.problems import OnBad, raise_it
 from chatfine.data.readers import SUFFIXES, TEXT_SUFFIXES, read_file
 from chatfine.data.rows import Row
+from chatfine.data.user_file import Function, check_file
 from chatfine.errors import DataError, did_you_mean
+from chatfine.hub.catalog import RECORD
+from chatfine.hub.datasets import fetch_dataset, is_hub_name
 from chatfine.i18n import t
 
 SPLIT_WORDS = {
@@ -29,17 +40,22 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-FUNCTION = re.compile(r".+\.py:\w+")
-NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+ONE_SPLIT = re.compile(r"(?P<dataset>.+)\[(?P<split>[\w.-]+)\]")
+NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
+            RECORD}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a data set lies: the files of each split, or its name on the hub."""
+    """Where a data set lies: the files of each split, its name on the hub, or a function.
+
+    `entry` is there for a built-in set, also where its files are the user's.
+    """
 
     splits: dict[str, tuple[Path, ...]]
     hub: str = ""
+    function: Function | None = None
+    entry: BuiltIn | None = None
 
 
 def locate(dataset: str) -> Place:
@@ -48,24 +64,63 @@ def locate(dataset: str) -> Place:
     Raises:
         DataError: there is no such data set.
     """
-    if dataset in builtin.TABLE:
-        entry = builtin.TABLE[dataset]
-        return Place({split: (entry.path(split),) for split in entry.splits})
     path = Path(dataset).expanduser()
+    one = ONE_SPLIT.fullmatch(dataset)
+    if one and not path.exists():
+        return _only(one["split"], one["dataset"])
+    known = builtin.find(dataset)
+    if known:
+        return _builtin(*known)
+    function = custom.find(dataset)
+    if function:
+        check_file(function)
+        return Place(dict.fromkeys(custom.SPLITS, ()), function=function)
     if path.is_file():
         _check_suffix(path)
         return Place({"train": (path,)})
     if path.is_dir():
         return Place(_files_of(path))
-    if FUNCTION.fullmatch(dataset):
-        raise DataError(
-            "data-function",
-            t("data from a function ({name}) can't be used yet", name=dataset),
-            fix=t("write the rows to a JSONL file and give that file"),
-        )
-    if HUB_NAME.fullmatch(dataset) and path.suffix.lower() not in SUFFIXES:
-        return Place(dict.fromkeys(_hub(dataset), ()), hub=dataset)
+    if is_hub_name(dataset) and path.suffix.lower() not in SUFFIXES:
+        return Place(_files_of(fetch_dataset(dataset, say=console.say)), hub=dataset)
     raise _no_dataset(dataset, path)
+
+
+def absolute(dataset: str) -> str:
+    """The same data set under a name that means it from every folder."""
+    one = ONE_SPLIT.fullmatch(dataset)
+    if one and not os.path.exists(dataset):
+        return f"{absolute(one['dataset'])}[{one['split']}]"
+    known = builtin.find(dataset)
+    if known:
+        entry, path = known
+        here = Path(path).expanduser() if path else places.in_working_folder(entry)
+        return dataset if here is None else f"{entry.name}:{os.path.abspath(here)}"
+    function = custom.find(dataset)
+    if function:
+        return str(function)
+    return os.path.abspath(dataset) if os.path.exists(dataset) else dataset
+
+
+def _only(split: str, dataset: str) -> Place:
+    """One split of a data set; a function may know splits that we don't."""
+    place = locate(dataset)
+    if place.function is None and split not in place.splits:
+        raise _no_split(dataset, split, tuple(place.splits))
+    return replace(place, splits={split: place.splits.get(split, ())})
+
+
+def _builtin(entry: BuiltIn, path: str) -> Place:
+    found = places.place_of(entry, path)
+    if isinstance(found, dict):
+        return Place({split: (file,) for split, file in found.items()}, entry=entry)
+    if found.is_file():
+        _check_suffix(found)
+        return Place({"train": (found,)}, entry=entry)
+    splits = _files_of(found)
+    if "train" not in splits:  # JFLEG has only validation and test
+        present = [splits[name] for name in SPLIT_WORDS if name in splits]
+        splits = dict(zip(("train", "validation"), present, strict=False))
+    return Place(splits, entry=entry)
 
 
 def splits_of(dataset: str) -> tuple[str, ...]:
@@ -83,13 +138,17 @@ def resolve_split(dataset: str, split: str | None) -> str:
     if split is None:
         split = splits[0] if len(splits) == 1 else "train"
     if split not in splits:
-        raise DataError(
-            "data-no-split",
-            t("{dataset} has no split called {split}", dataset=dataset, split=split),
-            why=t("it has: {names}", names=", ".join(splits)),
-            fix=did_you_mean(split, splits) or t("name one of these splits"),
-        )
+        raise _no_split(dataset, split, splits)
     return split
+
+
+def _no_split(dataset: str, split: str, splits: tuple[str, ...]) -> DataError:
+    return DataError(
+        "data-no-split",
+        t("{dataset} has no split called {split}", dataset=dataset, split=split),
+        why=t("it has: {names}", names=", ".join(splits)),
+        fix=did_you_mean(split, splits) or t("name one of these splits"),
+    )
 
 
 def read_rows(dataset: str, split: str | None = None, on_bad: OnBad = raise_it) -> Iterator[Row]:
@@ -102,13 +161,9 @@ def read_rows(dataset: str, split: str | None = None, on_bad: OnBad = raise_it) 
     """
     place = locate(dataset)
     split = resolve_split(dataset, split)
-    if place.hub:
-        where = f"{dataset}[{split}]"
-        for number, values in enumerate(_hub(dataset)[split], start=1):
-            yield Row(where, number, dict(values))
-        return
     for path in place.splits[split]:
-        shown = f"{dataset}/{path.name}" if dataset in builtin.TABLE else str(path)
+        shipped = place.entry is not None and place.entry.shipped
+        shown = f"{dataset}/{path.name}" if place.hub or shipped else str(path)
         yield from read_file(path, shown, on_bad)
 
 
@@ -117,8 +172,6 @@ def digest(dataset: str) -> str:
     place = locate(dataset)
     total = hashlib.sha256()
     for split, paths in place.splits.items():
-        if place.hub:
-            total.update(f"{dataset} {split} {_hub(dataset)[split]._fingerprint}\n".encode())
         for path in paths:
             total.update(f"{split} {path.name}\n".encode())
             with path.open("rb") as file:
@@ -146,6 +199,9 @@ def _split_of_file(path: Path, root: Path) -> str:
 
 
 def _files_of(folder: Path) -> dict[str, tuple[Path, ...]]:
+    named = named_splits(folder)
+    if named:
+        return named
     paths = [
         path
         for path in sorted(folder.rglob("*"))
@@ -179,52 +235,6 @@ def _no_dataset(dataset: str, path: Path) -> DataError:
         "no-dataset",
         t("there is no data set {name}", name=dataset),
         why=t("it is no file, no folder, no built-in name and no hub name (OWNER/NAME)"),
-        fix=did_you_mean(dataset, [*builtin.TABLE, *near])
+        fix=did_you_mean(dataset, [*builtin.TABLE, *builtin.ALIASES, custom.NAME, *near])
         or t("built-in: {names}", names=", ".join(builtin.TABLE)),
-    )
-
-
-@functools.lru_cache(maxsize=4)
-def _hub(name: str) -> dict[str, Any]:
-    """The splits of a hub data set. With HF_HUB_OFFLINE=1 only what is cached already is used."""
-    repo, _, config = name.partition(":")
-    offline = any(
-        os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
-        for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    )
-    if offline and not _is_cached(repo):
-        raise DataError(
-            "data-offline",
-            t(
-                "the hub data set {name} is not cached, and HF_HUB_OFFLINE forbids asking",
-                name=name,
-            ),
-            why=t("there is no file or folder of that name either"),
-            fix=t("fetch it once with HF_HUB_OFFLINE=0, or give a local file"),
-        )
-    import datasets
-
-    try:
-        found = datasets.load_dataset(repo, config or None)
-    except Exception as error:  # network, access, missing or script-only sets: many types
-        raise DataError(
-            "data-hub",
-            t("the hub data set {name} can't be loaded", name=name),
-            why=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            fix=t(
-                "check the name and the network (HF_ENDPOINT names a mirror), or give a local file"
-            ),
-        ) from None
-    return dict(found)
-
-
-def _is_cached(repo: str) -> bool:
-    """Whether either cache of the hub's libraries has a folder for a data set."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    prepared = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
-    owner, _, name = repo.partition("/")
-    return any(
-        folder.is_dir()
-        for folder in (hub / f"datasets--{owner}--{name}", prepared / f"{owner}___{name.lower()}")
     )

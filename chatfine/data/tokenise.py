@@ -52,6 +52,19 @@ def encode(
             number += 1
 
 
+def encode_one(dialogue: Dialogue, tokenizer: ChatTokenizer, train_on: str) -> Example:
+    """Ids and mask of one dialogue, of running text, or of a row that came as tokens.
+
+    Raises:
+        TokenizerError: the chat template refuses it, or there is none.
+    """
+    if dialogue.example is not None:
+        return dialogue.example
+    if dialogue.plain:
+        return tokenizer.encode_plain(dialogue.messages[0].content)
+    return tokenizer.encode_dialogue(dialogue.messages, cast(Any, train_on))
+
+
 def _encode_chunk(
     chunk: Sequence[Dialogue],
     tokenizer: ChatTokenizer,
@@ -60,7 +73,7 @@ def _encode_chunk(
 ) -> list[Example | None]:
     """Examples of a chunk; None where the chat template refuses the dialogue."""
     train_on = cast(Any, settings.train_on)
-    if not any(one.plain for one in chunk):
+    if not any(one.plain or one.example for one in chunk):
         try:
             return list(tokenizer.encode_many([one.messages for one in chunk], train_on))
         except TokenizerError:
@@ -68,10 +81,7 @@ def _encode_chunk(
     examples: list[Example | None] = []
     for one in chunk:
         try:
-            if one.plain:
-                examples.append(tokenizer.encode_plain(one.messages[0].content))
-            else:
-                examples.append(tokenizer.encode_dialogue(one.messages, train_on))
+            examples.append(encode_one(one, tokenizer, settings.train_on))
         except TokenizerError as error:
             if error.code == "no-template":
                 raise

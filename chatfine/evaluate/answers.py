@@ -95,6 +95,7 @@ def answer_prompts(
             [prompts[index] for index in batch],
             tokenizer.stop_ids,
             replace(sampling, seed=sampling.seed + begin),  # or all batches would draw the same
+            vocabulary=tokenizer.size,
         )
         for index, row in zip(batch, rows, strict=True):
             answers[index] = tokenizer.decode(row).strip()
@@ -118,8 +119,7 @@ def answer_dialogues(
     """
     from chatfine.model.generate import position_limit
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    limit = position_limit(base)
+    limit = position_limit(model)
     prompts = []
     for dialogue in dialogues:
         asked, _ = split_dialogue(dialogue)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from chatfine.model.fast import loss_sum
+from chatfine.model.fast import LossModel
 from chatfine.types import Batch
 
 
@@ -38,17 +38,19 @@ class LossResult:
         return self.nats / math.log(2) / max(1, characters)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a sharded model's gathered weights outlive this
 def evaluate_loss(
     model: Any, batches: Iterable[Batch], device: torch.device | str = "cpu"
 ) -> LossResult:
-    """Sum the loss of `model` over `batches`; the mode of the model is put back afterwards."""
+    """Sum the loss of `model`, or of a `LossModel`, over `batches`; the mode of the model is put
+    back afterwards."""
+    measure = model if isinstance(model, LossModel) else LossModel(model)
     training = model.training
     model.eval()
     nats, tokens = 0.0, 0
     try:
         for batch in batches:
-            nats += loss_sum(model, batch.to(device)).item()
+            nats += measure(batch.to(device)).item()
             tokens += batch.supervised
     finally:
         model.train(training)

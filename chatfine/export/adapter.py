@@ -28,6 +28,7 @@ _SUFFIXES = {
     ".lora_magnitude_vector.weight": "magnitude",
     ".lora_magnitude_vector": "magnitude",
     ".token_adapter.trainable_tokens_delta": "rows",
+    ".trainable_tokens_delta": "rows",
 }
 _NOT_PLAIN = (
     "target_parameters", "use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication",
@@ -74,7 +75,9 @@ class Adapter:
 
     @property
     def method(self) -> str:
-        """lora or dora."""
+        """lora, dora or rows."""
+        if "token_indices" in self.settings:
+            return "rows"
         return "dora" if self.settings.get("use_dora") else "lora"
 
 
@@ -105,7 +108,7 @@ def read_adapter(path: Path) -> Adapter:
 def _refuse_unmergeable(path: Path, settings: Mapping[str, Any]) -> None:
     kind = str(settings.get("peft_type", "")).upper()
     start = str(settings.get("init_lora_weights", "")).lower()
-    if kind != "LORA":
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
         why = t("it is not added to weights but works beside them while the model runs")
         name = kind or "?"
     elif odd := [key for key in _NOT_PLAIN if settings.get(key)]:
@@ -186,7 +189,7 @@ def _module_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _row_ids(settings: Mapping[str, Any], module: str) -> tuple[int, ...]:
-    ids = settings.get("trainable_token_indices") or ()
+    ids = settings.get("token_indices") or settings.get("trainable_token_indices") or ()
     if isinstance(ids, Mapping):  # by the end of the module's name
         ids = next((value for name, value in ids.items() if module.endswith(name)), ())
     return tuple(ids)

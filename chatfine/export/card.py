@@ -28,7 +28,7 @@ def write_card(
         method: how it was trained, such as lora.
         datasets: names of the data.
         losses: `train_loss` and `val_loss` of the run, None where not known.
-        proof: `gap`, `rounding_gap`, `top1_agreement` and `dtype` of the merge.
+        proof: `gap`, `rounding_gap`, `top1_agreement`, `dtype` and `quantized` of the merge.
     """
     unknown = t("not known")
     rows = {
@@ -46,6 +46,12 @@ def write_card(
             share=proof["top1_agreement"],
         ),
     }  # fmt: skip
+    choice = proof.get("quantized")
+    if choice:
+        added = {"full": t("the exact weights"), "dequantized": t("the rounded weights")}
+        rows[t("base in training")] = t("{storage}; the adapter was added to {weights}",
+                                        storage=choice["storage"],
+                                        weights=added[choice["added_to"]])  # fmt: skip
     lines = _front_matter(base, licence)
     lines += [f"# {folder.name}", "", f"| {t('what')} | |", "|---|---|"]
     lines += [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()]

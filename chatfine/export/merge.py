@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,18 @@ import torch
 from chatfine import __version__
 from chatfine.errors import ProofError, ResourceError
 from chatfine.export.adapter import FACTS, find_parameter, read_adapter
-from chatfine.export.merge_weights import Merging, changed, write_json
-from chatfine.export.place import check_output, put_in_place
+from chatfine.export.merge_logits import (
+    Choice,
+    choose,
+    largest_gap,
+    logits_of,
+    merged_model,
+    tuned_logits,
+)
+from chatfine.export.merge_weights import Merging, write_json
 from chatfine.hub.folder import read_model_folder
+from chatfine.hub.place import check_output, put_in_place
 from chatfine.i18n import t
-from chatfine.model import lora
-from chatfine.model.adapters import load_adapter
 from chatfine.model.load import load_model
 from chatfine.tokenizer.encode import ChatTokenizer
 
@@ -51,6 +57,8 @@ class MergeResult:
     """parameters that the adapter changed"""
     untied: bool
     """whether the head had to get a weight of its own"""
+    quantized: Choice | None = None
+    """for an adapter trained on a quantised base: what it was added to"""
 
 
 def merge(
@@ -81,11 +89,15 @@ def merge(
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     _check_disk(output, job)
+    prompts = [list(ids[:PROOF_TOKENS]) for ids in prompts if ids]
+    if rows := job.changed_rows:  # no prompt may hold them
+        prompts.append(rows[:: -(-len(rows) // PROOF_TOKENS)])
+    choice = choose(job, prompts)
     try:
         staged.mkdir(parents=True)
         job.write_weights(staged)
         tokenizer = job.write_rest(staged)
-        result = _prove(job, staged, [list(ids[:PROOF_TOKENS]) for ids in prompts if ids])
+        result = replace(_prove(job, staged, prompts), quantized=choice)
         write_json(staged / FACTS, _facts(job, tokenizer, result))
         put_in_place(staged, output)
     except BaseException:
@@ -112,14 +124,10 @@ def _prove(job: Merging, staged: Path, prompts: Sequence[Sequence[int]]) -> Merg
     Raises:
         ProofError: proof-gap, proof-files.
     """
-    tuned = load_adapter(load_model(job.base.path, torch.float32), job.adapter.path)
-    lora.uninstall(tuned)  # PEFT's own forward is the judge, not our faster one
-    wanted = _logits(tuned, prompts)
-    del tuned
-    merged = load_model(job.base.path, torch.float32)
-    _apply(job, merged)
-    exact = _logits(merged, prompts)
-    gap = max(float((a - b).abs().max()) for a, b in zip(wanted, exact, strict=True))
+    wanted = tuned_logits(job, prompts, job.rounded.storage if job.rounded else "none")
+    merged = merged_model(job)
+    exact = logits_of(merged, prompts)
+    gap = largest_gap(wanted, exact)
     if not gap <= MAX_GAP:  # so that NaN fails too
         raise ProofError(
             "proof-gap",
@@ -140,46 +148,19 @@ def _prove(job: Merging, staged: Path, prompts: Sequence[Sequence[int]]) -> Merg
             why=t("the disk may be faulty"),
             fix=t("try again, perhaps on another disk"),
         )
-    rounded = _logits(written, prompts)
+    rounded = logits_of(written, prompts)
     pairs = list(zip(exact, rounded, strict=True))
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
     positions = sum(len(a) for a, _ in pairs)
     return MergeResult(
         dtype=job.dtype_name,
         gap=gap,
-        rounding_gap=max(float((a - b).abs().max()) for a, b in pairs),
+        rounding_gap=largest_gap(exact, rounded),
         top1_agreement=same / positions,
         positions=positions,
         changed=len(job.changes),
         untied=job.untied,
     )
-
-
-@torch.inference_mode()
-def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Logits (T, V) at all positions of each prompt, one after the other, so without padding."""
-    rows = (torch.tensor([list(ids)]) for ids in prompts)
-    return [model(input_ids=row, use_cache=False).logits[0] for row in rows]
-
-
-def _apply(job: Merging, model: Any) -> None:
-    """Merge in memory: put the changed weights, in float32, into the loaded base."""
-    if job.untied:
-        head = model.get_output_embeddings()
-        head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, change in job.changes.items():
-        found = find_parameter(name, parameters)
-        if found is None:
-            raise ProofError(
-                "proof-names",
-                t("the loaded model has no parameter {name}", name=name),
-                why=t("transformers names this architecture's weights otherwise than its files do"),
-                fix=t("talk with it unmerged: {command}",
-                      command=f"chatfine chat {job.adapter.path}"),
-            )  # fmt: skip
-        weight = parameters[found]
-        weight.data = changed(weight.data, change, job.tensors)
 
 
 def _state(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -188,7 +169,8 @@ def _state(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _prints(job: Merging, model: Any) -> dict[str, bytes]:
     """A hash of every weight as it must stand in the files, that is after rounding."""
-    formats = {name: job.out_dtype(name) for name in job.changes}
+    rounded = job.rounded.names if job.rounded is not None else frozenset()
+    formats = {name: job.out_dtype(name) for name in job.changes.keys() | rounded}
     prints = {}
     for name, tensor in _state(model):
         own = find_parameter(name, formats)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from chatfine.export.adapter import Adapter, Change, find_parameter
 from chatfine.hub.folder import ModelFolder
 from chatfine.hub.headers import INDEX
 from chatfine.i18n import t
+from chatfine.model.frozen import STORAGES
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.tokenizer.files import agree_on_end, copy_tokenizer
 
@@ -42,6 +44,8 @@ class Merging:
 
     def __init__(self, base: ModelFolder, adapter: Adapter, dtype: torch.dtype | None) -> None:
         self.base, self.adapter, self.dtype = base, adapter, dtype
+        self.rounded: Rounded | None = None
+        """set: the adapter is added to the weights as a quantised base held them"""
         self.changes: dict[str, Change] = {}  # name in the files → change
         for name, change in adapter.changes.items():
             found = find_parameter(name, base.tensors)
@@ -51,6 +55,7 @@ class Merging:
                 raise _misfit(adapter, t("the base has no parameter {name}", name=name))
             self.changes[found] = change
         embedding = next((n for n in base.tensors if n.endswith(_EMBEDDINGS)), "")
+        self._share_rows(embedding)
         ends = [name for name in (embedding, HEAD) if name in self.changes]
         # PEFT ties a head to trained rows, but not to an adapter on one of the two
         self.untied = base.tied and any(not self.changes[name].rows for name in ends)
@@ -66,6 +71,21 @@ class Merging:
             (name, base.tensors[old].file, self._size(name, old))
             for name, old in sorted(self.source.items())
         ]
+
+    @property
+    def changed_rows(self) -> list[int]:
+        """Ids of all rows of embedding and head that the adapter replaces."""
+        return sorted({one for change in self.changes.values() for one in change.row_ids})
+
+    def _share_rows(self, embedding: str) -> None:
+        """Rows of a tied embedding change the head too, which a file may hold once or twice."""
+        rows = self.changes.get(embedding)
+        if rows is None or not (self.base.tied and rows.rows):
+            return
+        if HEAD in self.base.tensors:
+            self.changes[HEAD] = rows
+        elif HEAD in self.changes and self.changes[HEAD].rows:
+            del self.changes[HEAD]
 
     def _size(self, name: str, old: str) -> int:
         info = self.base.tensors[old]
@@ -116,6 +136,8 @@ class Merging:
                 "model-truncated", t("{file} can't be read", file=file.name), where=str(file),
                 why=str(error), fix=t("download the model again"),
             ) from None  # fmt: skip
+        if self.rounded is not None:
+            tensor = self.rounded.of(name, tensor)
         if name in self.changes:
             tensor = changed(tensor.float(), self.changes[name], self.tensors)
         wanted = self.out_dtype(name)
@@ -152,6 +174,21 @@ class Merging:
         if "eos_token_id" in config and "eos_token_id" in ends:
             write_json(folder / "config.json", config | {"eos_token_id": ends["eos_token_id"]})
         return tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A quantised base: which weights were packed (names in its files), and how."""
+
+    storage: str
+    names: frozenset[str]
+
+    def of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What the quantised base computed with in place of `tensor`, in float32."""
+        if name not in self.names:
+            return tensor
+        storage = STORAGES[self.storage]
+        return storage.unpack(storage.pack(tensor), tensor.shape[1], torch.float32)
 
 
 def changed(weight: torch.Tensor, change: Change, tensors: Tensors) -> torch.Tensor:

@@ -7,11 +7,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, read by the `gguf` pa
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from chatfine.errors import ModelError
-from chatfine.hub.headers import INDEX
+from chatfine.hub.llama import LlamaShape, llama_config
+from chatfine.hub.shards import Planned, write_json, write_shards
 from chatfine.i18n import t
 
-SHARD_BYTES = 4_000_000_000
 _OUTER = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -49,10 +45,6 @@ class _Tensor:
     shape: tuple[int, ...]
     source: Any  # gguf.ReaderTensor
     heads: int  # > 0: rows are in llama.cpp's rotary order for so many heads
-
-    @property
-    def bytes(self) -> int:
-        return 2 * math.prod(self.shape)
 
 
 def gguf_to_folder(gguf: Path, output: Path) -> None:
@@ -83,51 +75,39 @@ def gguf_to_folder(gguf: Path, output: Path) -> None:
     try:
         tensors = [_place(gguf, tensor, fields) for tensor in reader.tensors]
         tensors.sort(key=lambda tensor: tensor.name)
-        config = llama_config(fields, [tensor.name for tensor in tensors], _rows(tensors))
+        config = _config(fields, [tensor.name for tensor in tensors], _rows(tensors))
     except (KeyError, TypeError) as error:
         raise _unsupported(gguf, t("a file without {what}", what=error)) from None
     output.mkdir(parents=True, exist_ok=True)
-    _write_shards(output, tensors)
-    _write_json(output / "config.json", config)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    planned = [Planned(tensor.name, "BF16", tensor.shape) for tensor in tensors]
+    write_shards(output, planned, lambda name: _values(by_name[name]).astype("<u2").data)
+    write_json(output / "config.json", config)
     ids = {name: config[name] for name in config if name.endswith("_token_id")}
-    _write_json(output / "generation_config.json", {"_from_model_config": True, **ids})
+    write_json(output / "generation_config.json", {"_from_model_config": True, **ids})
 
 
-def llama_config(fields: dict[str, Any], names: list[str], vocabulary: int) -> dict[str, Any]:
-    """The config.json of a Llama model from a GGUF's metadata.
-
-    The rotary base is written both as `rope_theta` and as `rope_parameters`: transformers 5 writes
-    the second, many other readers know only the first.
-    """
+def _config(fields: dict[str, Any], names: list[str], vocabulary: int) -> dict[str, Any]:
+    """The config.json of a Llama model from a GGUF's metadata."""
 
     def value(name: str, default: Any = None) -> Any:
         return fields.get(f"llama.{name}", default)
 
     heads, hidden = int(value("attention.head_count")), int(value("embedding_length"))
-    theta = _short(value("rope.freq_base", 10000.0))
-    config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "head_dim": int(value("attention.key_length") or hidden // heads),
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": int(value("feed_forward_length")),
-        "max_position_embeddings": int(value("context_length")),
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": heads,
-        "num_hidden_layers": int(value("block_count")),
-        "num_key_value_heads": int(value("attention.head_count_kv") or heads),
-        "rms_norm_eps": _short(value("attention.layer_norm_rms_epsilon", 1e-5)),
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-        "rope_theta": theta,
-        "tie_word_embeddings": "lm_head.weight" not in names,
-        "use_cache": True,
-        "vocab_size": vocabulary,
-        "dtype": "bfloat16",
-    }
+    shape = LlamaShape(
+        hidden=hidden,
+        inner=int(value("feed_forward_length")),
+        layers=int(value("block_count")),
+        heads=heads,
+        kv_heads=int(value("attention.head_count_kv") or heads),
+        head_dim=int(value("attention.key_length") or hidden // heads),
+        vocabulary=vocabulary,
+        context=int(value("context_length")),
+        norm_eps=_short(value("attention.layer_norm_rms_epsilon", 1e-5)),
+        theta=_short(value("rope.freq_base", 10000.0)),
+        tied="lm_head.weight" not in names,
+    )
+    config = llama_config(shape, "bfloat16")
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         token = fields.get(f"tokenizer.ggml.{theirs}_token_id")
         if token is not None:
@@ -190,52 +170,6 @@ def _values(tensor: _Tensor) -> npt.NDArray[np.uint16]:
             fix=t("download it again"),
         )  # fmt: skip
     return to_bf16(values)
-
-
-def _shards(tensors: list[_Tensor]) -> Iterator[list[_Tensor]]:
-    shard: list[_Tensor] = []
-    for tensor in tensors:
-        if shard and sum(item.bytes for item in shard) + tensor.bytes > SHARD_BYTES:
-            yield shard
-            shard = []
-        shard.append(tensor)
-    yield shard
-
-
-def _write_shards(output: Path, tensors: list[_Tensor]) -> None:
-    shards = list(_shards(tensors))
-    if len(shards) == 1:
-        _write_safetensors(output / "model.safetensors", shards[0])
-        return
-    placed: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_safetensors(output / name, shard)
-        placed |= {tensor.name: name for tensor in shard}
-    total = sum(tensor.bytes for tensor in tensors)
-    _write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
-
-
-def _write_safetensors(file: Path, tensors: list[_Tensor]) -> None:
-    """Written by hand: the numpy API of safetensors has no bf16, and torch would cost seconds."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        place = [offset, offset + tensor.bytes]
-        header[tensor.name] = {"dtype": "BF16", "shape": tensor.shape, "data_offsets": place}
-        offset += tensor.bytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with file.open("wb") as stream:
-        stream.write(len(raw).to_bytes(8, "little") + raw)
-        for tensor in tensors:
-            stream.write(_values(tensor).astype("<u2", copy=False).data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _short(value: float) -> float:

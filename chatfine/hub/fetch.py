@@ -12,7 +12,6 @@ import http.client
 import json
 import os
 import queue
-import shutil
 import threading
 import time
 import urllib.error
@@ -23,8 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from chatfine.console import size as readable
-from chatfine.errors import ModelError, ResourceError
+from chatfine.errors import ChatfineError
+from chatfine.hub.refusals import (
+    MODEL,
+    Repository,
+    asked_pause,
+    bad_answer,
+    cut_off,
+    disk_full,
+    status_error,
+    unreachable,
+    wrong_hash,
+    wrong_length,
+)
 from chatfine.i18n import t
 
 T = TypeVar("T")
@@ -35,6 +45,7 @@ READ_SECONDS = 30.0
 PAUSE_SECONDS = 1.0  # before the first retry; doubled each time
 LONGEST_PAUSE_SECONDS = 20.0
 RETRIES = 4
+LISTING_RETRIES = 2
 _CHUNK_BYTES = 1 << 20
 _MAX_LISTING_BYTES = 64 << 20
 _CUT = (OSError, http.client.HTTPException)  # URLError, timeouts and resets are OSErrors
@@ -42,13 +53,17 @@ _CUT = (OSError, http.client.HTTPException)  # URLError, timeouts and resets are
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a hub and how to know that it arrived whole: its SHA-256, or its git blob id."""
+    """A file of a hub and how to know that it arrived whole: its SHA-256, or its git blob id.
+
+    `name` may hold folders, with slashes. Without either hash only the length is compared.
+    """
 
     name: str
     url: str
     size: int
     sha256: str = ""
     git_id: str = ""
+    repository: Repository = MODEL
 
 
 class _KeepTokenAtHome(urllib.request.HTTPRedirectHandler):
@@ -82,23 +97,55 @@ def _open(url: str, token: str, timeout: float, start: int = 0) -> http.client.H
     return opener.open(request, timeout=timeout)  # type: ignore[no-any-return]
 
 
-def fetch_json(url: str, token: str = "") -> Any:
-    """GET a listing; at most ANSWER_SECONDS, whatever the network does."""
+def fetch_json(url: str, token: str = "", repository: Repository = MODEL) -> Any:
+    """GET a listing; a busy or broken server is asked again LISTING_RETRIES times.
+
+    One answer takes at most ANSWER_SECONDS, whatever the network does.
+    """
+    raw = fetch_bytes(url, token, repository)
+    try:
+        return json.loads(raw)
+    except ValueError:
+        start = raw[:60].decode("utf-8", "replace").replace("\n", " ")
+        raise bad_answer(url, t("it is not JSON: {start}", start=start), repository) from None
+
+
+def fetch_bytes(url: str, token: str = "", repository: Repository = MODEL) -> bytes:
+    """GET something small, as `fetch_json` does."""
 
     def ask() -> bytes:
         with _open(url, token, CONNECT_SECONDS) as response:
             return response.read(_MAX_LISTING_BYTES)
 
-    try:
-        raw = _within(ANSWER_SECONDS, ask)
-    except urllib.error.HTTPError as error:
-        raise status_error(error, url) from None
-    except _CUT as error:
-        raise unreachable(url, error) from None
-    try:
-        return json.loads(raw)
-    except ValueError:
-        raise bad_answer(url, t("it is not JSON: {start}", start=_start(raw))) from None
+    return _patiently(ask, url, token, repository)
+
+
+def remote_size(url: str, repository: Repository = MODEL) -> int:
+    """Bytes of the file at `url`, as a GET announces them; nothing of it is read."""
+
+    def ask() -> str:
+        with _open(url, "", CONNECT_SECONDS) as response:
+            return response.headers.get("Content-Length", "")
+
+    announced = _patiently(ask, url, "", repository)
+    if not announced.isdigit():
+        raise bad_answer(url, t("it does not say how long the file is"), repository)
+    return int(announced)
+
+
+def _patiently(ask: Callable[[], T], url: str, token: str, repository: Repository) -> T:
+    """What `ask` returns; a busy or broken server is asked again LISTING_RETRIES times."""
+    for attempt in range(LISTING_RETRIES + 1):
+        try:
+            return _within(ANSWER_SECONDS, ask)
+        except urllib.error.HTTPError as error:
+            if attempt == LISTING_RETRIES or not _worth_waiting(error):
+                raise status_error(error, url, repository, bool(token)) from None
+            pause = max(PAUSE_SECONDS * 2**attempt, asked_pause(error))
+            time.sleep(min(pause, LONGEST_PAUSE_SECONDS))
+        except _CUT as error:
+            raise unreachable(url, error, repository) from None
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _within(seconds: float, ask: Callable[[], T]) -> T:
@@ -141,25 +188,21 @@ def fetch_file(
             on_bytes(file.size)
             return final
         final.unlink()
+    final.parent.mkdir(parents=True, exist_ok=True)
     for may_restart in (part.exists(), False):
         _fetch_part(file, part, token, on_bytes)
         if _is_whole(part, file):
             os.replace(part, final)
             return final
         on_bytes(-part.stat().st_size)
-        start = part.read_bytes()[:200] if part.stat().st_size < _CHUNK_BYTES else b""
+        with part.open("rb") as stream:
+            start = stream.read(200)
         part.unlink()
         if not may_restart:
             break
     if looks_like_html(start):
-        raise bad_answer(file.url, t("it is a web page instead of the file"))
-    raise ModelError(
-        "download-hash",
-        t("{file} arrived with other bytes than the hub announced", file=file.name),
-        where=file.url,
-        why=t("the connection, a proxy or the mirror changed it"),
-        fix=t("try again, or another --source"),
-    )
+        raise _web_page(file)
+    raise wrong_hash(file.url, file.name, file.repository)
 
 
 def _fetch_part(file: RemoteFile, part: Path, token: str, on_bytes: Callable[[int], None]) -> None:
@@ -167,7 +210,7 @@ def _fetch_part(file: RemoteFile, part: Path, token: str, on_bytes: Callable[[in
     part.touch()
     have = _size(part)
     on_bytes(have)
-    failures = 0
+    failures, restarted = 0, False
     while have < file.size:
         reason: str | BaseException
         pause = PAUSE_SECONDS * 2**failures
@@ -175,12 +218,14 @@ def _fetch_part(file: RemoteFile, part: Path, token: str, on_bytes: Callable[[in
             _read_some(file, part, token, on_bytes)
             reason = t("the connection ended early")
         except urllib.error.HTTPError as error:
-            if error.code == 416 and have:  # what is here does not fit the file: start anew
+            if error.code == 416 and have and not restarted:  # what is here does not fit the file
                 part.unlink()
                 on_bytes(-have)
+                restarted = True
             elif failures >= RETRIES or not _worth_waiting(error):
-                raise status_error(error, file.url) from None
-            reason, pause = error, max(pause, _asked_pause(error))
+                repository = file.repository
+                raise status_error(error, file.url, repository, bool(token), file.name) from None
+            reason, pause = error, max(pause, asked_pause(error))
         except _CUT as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise disk_full(part.parent, file.size - _size(part)) from None
@@ -189,7 +234,7 @@ def _fetch_part(file: RemoteFile, part: Path, token: str, on_bytes: Callable[[in
         failures = 0 if have > before else failures + 1
         if have < file.size:
             if failures > RETRIES:
-                raise cut_off(file, have, reason)
+                raise cut_off(file.url, file.name, have, file.size, reason, file.repository)
             time.sleep(min(pause, LONGEST_PAUSE_SECONDS) if failures else 0)
 
 
@@ -198,18 +243,38 @@ def _read_some(file: RemoteFile, part: Path, token: str, on_bytes: Callable[[int
     with _open(file.url, token, READ_SECONDS, have) as response:
         kind = response.headers.get_content_type()
         if kind == "text/html" and not file.name.lower().startswith(("readme", "licen")):
-            raise bad_answer(file.url, t("it is a web page instead of the file"))
+            raise _web_page(file)
         resumed = response.status == 206 and _range_start(response) == have
+        begin = have if resumed else 0
+        _check_length(file, response, begin)
         if have and not resumed:  # the server sends the whole file again
             on_bytes(-have)
         with part.open("ab" if resumed else "wb") as stream:
-            room = file.size - (have if resumed else 0) + 1  # one byte too many fails the hash
+            room = file.size - begin + 1  # one byte too many fails the hash
             while room > 0 and (chunk := response.read(min(_CHUNK_BYTES, room))):
                 stream.write(chunk)
                 on_bytes(len(chunk))
                 room -= len(chunk)
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _check_length(file: RemoteFile, response: http.client.HTTPResponse, begin: int) -> None:
+    """Refuse an answer whose announced length does not make the whole file."""
+    announced = response.headers.get("Content-Length", "")
+    if not announced.isdigit() or response.headers.get("Content-Encoding"):
+        return  # nothing to compare: the hash decides
+    found = begin + int(announced)
+    if found == file.size:
+        return
+    if begin == 0 and looks_like_html(response.read(200)):
+        raise _web_page(file)
+    raise wrong_length(file.url, file.name, found, file.size, file.repository)
+
+
+def _web_page(file: RemoteFile) -> ChatfineError:
+    why = t("it is a web page instead of {file}", file=file.name)
+    return bad_answer(file.url, why, file.repository)
 
 
 def _range_start(response: http.client.HTTPResponse) -> int:
@@ -227,6 +292,8 @@ def _is_whole(path: Path, file: RemoteFile) -> bool:
         return False
     if file.sha256:
         return hash_file(path) == file.sha256.lower()
+    if not file.git_id:
+        return True
     state = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
     return hash_file(path, state) == file.git_id.lower()
 
@@ -245,97 +312,6 @@ def looks_like_html(start: bytes) -> bool:
     return start.lstrip().lower().startswith((b"<!doctype html", b"<html"))
 
 
-def _asked_pause(error: urllib.error.HTTPError) -> float:
-    value = error.headers.get("Retry-After", "") if error.headers else ""
-    return float(value) if value.isdigit() else 0.0
-
-
 def _worth_waiting(error: urllib.error.HTTPError) -> bool:
     busy = error.code == 429 or error.code >= 500
-    return busy and _asked_pause(error) <= LONGEST_PAUSE_SECONDS
-
-
-def _start(raw: bytes) -> str:
-    return raw[:60].decode("utf-8", "replace").replace("\n", " ")
-
-
-def host(url: str) -> str:
-    """The host of an address, for messages."""
-    return urllib.parse.urlsplit(url).hostname or url
-
-
-def status_error(error: urllib.error.HTTPError, url: str) -> ModelError:
-    """The error for an HTTP status."""
-    where, code = host(url), error.code
-    error.close()
-    if code == 401:
-        return ModelError(
-            "hub-login",
-            t("{host} says: no such model, or log in first (401)", host=where), where=url,
-            fix=[t("check the name: {command}", command="chatfine models"),
-                 t("log in with a token: set HF_TOKEN, or hf auth login")],
-        )  # fmt: skip
-    if code == 403:
-        return ModelError(
-            "hub-gated", t("{host} does not give this model to you (403)", host=where), where=url,
-            why=t("its licence is not accepted yet, or the token may not read it"),
-            fix=[t("accept the licence on the model's page, then set HF_TOKEN"),
-                 t("or use a model that is free to all: {command}", command="chatfine models")],
-        )  # fmt: skip
-    if code == 404:
-        return ModelError(
-            "hub-not-found", t("{host} has no such model (404)", host=where), where=url,
-            fix=t("check the name: {command}", command="chatfine models"),
-        )  # fmt: skip
-    if code == 429:
-        return ModelError(
-            "hub-busy", t("{host} asks for fewer requests (429)", host=where), where=url,
-            fix=[t("wait some minutes and try again; what has arrived is kept"),
-                 t("or try another --source")],
-        )  # fmt: skip
-    return ModelError(
-        "hub-broken", t("{host} answered with HTTP status {code}", host=where, code=code),
-        where=url, fix=t("try again later, or another --source"),
-    )  # fmt: skip
-
-
-def unreachable(url: str, error: BaseException) -> ModelError:
-    """The error for a host that can't be reached."""
-    return ModelError(
-        "hub-unreachable", t("{host} can't be reached", host=host(url)), where=url,
-        why=str(getattr(error, "reason", "") or error) or type(error).__name__,
-        fix=[t("check the network; behind a proxy set HTTPS_PROXY"), t("or try another --source")],
-    )  # fmt: skip
-
-
-def bad_answer(url: str, why: str) -> ModelError:
-    """The error for an answer that is something else than was asked for."""
-    return ModelError(
-        "hub-bad-answer", t("{host} did not answer as a model hub does", host=host(url)),
-        where=url, why=why,
-        fix=[t("a login page of the network may be in between: open a web page in a browser first"),
-             t("or try another --source")],
-    )  # fmt: skip
-
-
-def disk_full(folder: Path, needed: int) -> ResourceError:
-    """The error for a disk with less than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    return ResourceError(
-        "disk-full",
-        t("{needed} are needed in {folder}, {free} are free",
-          needed=readable(needed), folder=folder, free=readable(free)),
-        where=str(folder),
-        fix=[t("make room, or choose a folder on another disk: -o DIR"),
-             t("or move the cache: set CHATFINE_HOME")],
-    )  # fmt: skip
-
-
-def cut_off(file: RemoteFile, have: int, error: str | BaseException) -> ModelError:
-    """The error for a connection that broke again and again."""
-    return ModelError(
-        "download-cut",
-        t("{file} stopped after {have} of {size} bytes", file=file.name, have=have, size=file.size),
-        where=file.url, why=str(error),
-        fix=t("run the same command again: it goes on where it stopped"),
-    )  # fmt: skip
+    return busy and asked_pause(error) <= LONGEST_PAUSE_SECONDS

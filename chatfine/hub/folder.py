@@ -15,8 +15,9 @@ from typing import Any
 
 from chatfine.errors import ModelError
 from chatfine.hub.catalog import find_model
-from chatfine.hub.headers import INDEX, TensorInfo, read_json, read_tensors
-from chatfine.hub.shapes import LLAMA_LIKE, check_shapes
+from chatfine.hub.headers import INDEX, TensorInfo, lfs_pointer, read_json, read_tensors
+from chatfine.hub.lfs import is_pointer
+from chatfine.hub.shapes import LLAMA_LIKE, check_shapes, embedding_name
 from chatfine.i18n import t
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -121,13 +122,19 @@ class Source:
     run: Path | None = None
 
 
-def read_model_folder(path: str | Path) -> ModelFolder:
+def read_model_folder(path: str | Path, allow_old_rows: bool = False) -> ModelFolder:
     """Read and check a model folder: config, shards, shapes. Opens headers only; runs nothing.
 
+    Args:
+        path: the folder.
+        allow_old_rows: whether the embedding may have fewer rows than config.json says (somebody
+            wrote the size of a grown tokenizer there); `vocab_size` is then that of the weights.
+
     Raises:
-        ModelError: no-model, model-no-config, model-bad-config, model-pickle, model-runs-code,
-            model-no-weights, model-missing-shard, model-lfs-pointer, model-truncated,
-            model-bad-weights, model-missing-tensor or model-wrong-shape.
+        ModelError: no-model, model-no-config, model-bad-config, model-pickle,
+            model-metas-layout, model-runs-code, model-no-weights, model-missing-shard,
+            model-lfs-pointer, model-truncated, model-bad-weights, model-missing-tensor or
+            model-wrong-shape.
     """
     path = Path(path)
     if not path.is_dir():
@@ -138,11 +145,26 @@ def read_model_folder(path: str | Path) -> ModelFolder:
     _refuse_pickle_only(path)
     if not (path / "config.json").is_file():
         raise _no_config(path)
+    refuse_pointers(path)
     config = check_config(path)
     tensors = read_tensors(path)
+    if allow_old_rows:
+        config = _with_rows_of(tensors, config)
     folder = ModelFolder(path, config, tensors)
     check_shapes(path, folder.text_config, {name: info.shape for name, info in tensors.items()})
     return folder
+
+
+def _with_rows_of(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the embedding's own number of rows where it has fewer than promised."""
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    name = embedding_name(tensors)
+    rows = tensors[name].shape[0] if name else text["vocab_size"]
+    if rows >= text["vocab_size"]:
+        return config
+    return config | ({"text_config": text | {"vocab_size": rows}} if text is nested
+                     else {"vocab_size": rows})  # fmt: skip
 
 
 def check_config(path: Path) -> dict[str, Any]:
@@ -191,9 +213,7 @@ def resolve_source(name: str | Path, base: str = "") -> Source:
         base: the base model of an adapter; empty = the one the adapter names.
     """
     folder = find_model(name)
-    if (folder / "adapter_config.json").is_file():
-        return Source(_base_of(folder, base), adapter=folder)
-    if (folder / "config.yaml").is_file():
+    if (folder / "config.yaml").is_file():  # first: a tutorial's run is a PEFT folder as well
         for part in ("adapter", "model"):
             if (folder / part / "adapter_config.json").is_file():
                 return Source(_base_of(folder / part, base), folder / part, folder)
@@ -204,6 +224,8 @@ def resolve_source(name: str | Path, base: str = "") -> Source:
             where=str(folder),
             fix=t("finish it: {command}", command=f"chatfine resume {folder}"),
         )  # fmt: skip
+    if (folder / "adapter_config.json").is_file():
+        return Source(_base_of(folder, base), adapter=folder)
     _refuse_pickle_only(folder)
     if not (folder / "config.json").is_file():
         raise _no_config(folder)
@@ -257,6 +279,12 @@ def _refuse_pickle_only(path: Path) -> None:
     if any(path.glob("*.safetensors")) or (path / INDEX).is_file():
         return
     pickles = sorted(item.name for item in path.iterdir() if item.suffix in PICKLES)
+    if (path / "params.json").is_file() and any(path.glob("consolidated.*.pth")):
+        raise ModelError(
+            "model-metas-layout", t("{path} is in Meta's layout", path=path), where=str(path),
+            fix=t("make a model folder of it: {command}",
+                  command=f"chatfine convert {path} -o {path.name}-hf"),
+        )  # fmt: skip
     if pickles:
         raise ModelError(
             "model-pickle",
@@ -267,6 +295,13 @@ def _refuse_pickle_only(path: Path) -> None:
             fix=t("get the model with *.safetensors files: {command}",
                   command="chatfine download NAME"),
         )  # fmt: skip
+
+
+def refuse_pointers(path: Path) -> None:
+    """Refuse a folder with git-lfs pointers among its JSON and tokenizer files."""
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".json", ".model") and file.is_file() and is_pointer(file):
+            raise lfs_pointer(file)
 
 
 def _no_config(path: Path) -> ModelError:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from chatfine.errors import ModelError
+from chatfine.hub.lfs import LFS_POINTER, is_pointer, pointer_fixes, pointer_why
 from chatfine.i18n import t
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_LFS_POINTER = b"version https://git-lfs"
-_ITEM_BITS = {
+ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
     "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "F4": 4,
@@ -49,8 +49,8 @@ class TensorInfo:
 def read_json(path: Path, code: str = "model-bad-config") -> dict[str, Any]:
     """An object from a JSON file of a model or adapter folder."""
     raw = path.read_bytes()
-    if raw.startswith(_LFS_POINTER):
-        raise _lfs_pointer(path)
+    if raw.startswith(LFS_POINTER):
+        raise lfs_pointer(path)
     try:
         value = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -109,10 +109,10 @@ def read_tensors(path: Path) -> dict[str, TensorInfo]:
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Parse the header of one safetensors file and hold it against the file's size."""
     size = file.stat().st_size
+    if is_pointer(file):
+        raise lfs_pointer(file)
     with file.open("rb") as stream:
         start = stream.read(8)
-        if size < 2000 and start == _LFS_POINTER[:8]:
-            raise _lfs_pointer(file)
         length = int.from_bytes(start, "little")
         if size < 8 or length > MAX_HEADER_BYTES or length > size - 8:
             raise _truncated(file, size, 8 + min(length, MAX_HEADER_BYTES))
@@ -131,7 +131,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise _bad_weights(file, t("its header can't be read")) from None
     for name, info in tensors.items():
-        bits = _ITEM_BITS.get(info.dtype, 0) * info.numel
+        bits = ITEM_BITS.get(info.dtype, 0) * info.numel
         if min(info.shape, default=0) < 0 or not 8 + length <= info.begin <= info.end:
             raise _bad_weights(file, t("tensor {name} has an impossible place", name=name))
         if bits and bits != 8 * info.bytes:
@@ -159,13 +159,13 @@ def _truncated(file: Path, size: int, needed: int) -> ModelError:
     )  # fmt: skip
 
 
-def _lfs_pointer(file: Path) -> ModelError:
+def lfs_pointer(file: Path) -> ModelError:
+    """The error for a pointer in a model folder."""
     return ModelError(
         "model-lfs-pointer",
         t("{file} is a git-lfs pointer, not the file itself", file=file.name),
-        where=str(file), why=t("the repository was cloned without git-lfs"),
-        fix=[t("in that folder: {command}", command="git lfs pull"),
-             t("or get it: {command}", command="chatfine download NAME")],
+        where=str(file), why=pointer_why(),
+        fix=pointer_fixes(file.parent, "chatfine download NAME"),
     )  # fmt: skip
 
 

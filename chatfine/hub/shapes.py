@@ -18,7 +18,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types with these names and sizes; each has a head of its own unless the config ties it."""
 _LAYER = re.compile(r"^(?:.*\.)?(?:layers|h|blocks)\.(\d+)\.")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+"""How the name of the embedding ends."""
 
 
 def check_shapes(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
@@ -28,9 +29,11 @@ def check_shapes(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
         ModelError: "model-missing-tensor" or "model-wrong-shape".
     """
     vocabulary, hidden = config["vocab_size"], config["hidden_size"]
-    embedding = next((name for name in shapes if name.endswith(_EMBEDDINGS)), None)
+    embedding = embedding_name(shapes)
     if embedding is None:
         raise _missing(path, "model.embed_tokens.weight")
+    if len(shapes[embedding]) == 2 and shapes[embedding][0] < vocabulary:
+        raise _old_rows(path, embedding, shapes[embedding], (vocabulary, hidden))
     _same(path, shapes, embedding, (vocabulary, hidden), "vocab_size × hidden_size")
     head = next((name for name in shapes if name.endswith("lm_head.weight")), None)
     if head is not None:
@@ -44,6 +47,11 @@ def check_shapes(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
         if name not in shapes:
             raise _missing(path, name)
         _same(path, shapes, name, shape, "config.json")
+
+
+def embedding_name(shapes: Mapping[str, Any]) -> str | None:
+    """The name of the embedding among a model's tensors."""
+    return next((name for name in shapes if name.endswith(EMBEDDINGS)), None)
 
 
 def _check_layer_count(path: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
@@ -82,6 +90,19 @@ def _llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         for name, shape in layer.items()
     }
     return {"model.norm.weight": (hidden,), **wanted}
+
+
+def _old_rows(path: Path, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> ModelError:
+    command = f"chatfine expand-vocab -m {path} -o NEW_FOLDER"
+    return ModelError(
+        "model-wrong-shape",
+        t("{name} has shape {found}; {source} says {wanted}", name=name, found=list(found),
+          source="vocab_size × hidden_size", wanted=list(wanted)),
+        where=str(path),
+        why=t("the weights have fewer rows than config.json says; editing it adds none"),
+        fix=[t("give the model more rows: {command}", command=command),
+             t("or write vocab_size = {rows} into config.json again", rows=found[0])],
+    )  # fmt: skip
 
 
 def _same(path: Path, shapes: Shapes, name: str, wanted: tuple[int, ...], source: str) -> None:

@@ -8,8 +8,8 @@ import torch
 
 from chatfine.errors import ModelError
 from chatfine.i18n import t
-from chatfine.model.fast import ATTENTION, _model_inputs, causal_model
-from chatfine.types import Batch
+from chatfine.model.fast import ATTENTION, LossModel, _model_inputs, causal_model
+from chatfine.types import IGNORE_INDEX, Batch
 
 MAX_GAP = 1e-3
 MAX_GAP_HALF = 0.1
@@ -40,6 +40,42 @@ def check(model: Any) -> None:
     limit = MAX_GAP if causal.dtype == torch.float32 else MAX_GAP_HALF
     if not gap <= limit and alone.isfinite().all():  # broken weights: the loss will say so
         raise _unsupported(causal)
+
+
+@torch.no_grad()
+def check_loss(measure: LossModel) -> None:
+    """The same question asked through the loss, for a model that only computes as a whole because
+    several processes share its weights.
+
+    Raises:
+        ModelError: the loss of a document depends on the one before it by more than rounding.
+    """
+    causal = causal_model(measure.model)
+    if causal.config._attn_implementation != ATTENTION:
+        raise _unsupported(causal)
+    size = min(1000, causal.config.get_text_config().vocab_size)
+    first, second = (torch.arange(a, a + 5) * 7 % size for a in (11, 3))
+    training = measure.training
+    measure.eval()
+    try:
+        alone = float(measure(_labelled(second, 0).to(causal.device)))
+        packed = float(measure(_labelled(torch.cat([first, second]), len(first)).to(causal.device)))
+    except (TypeError, ValueError) as error:
+        raise _unsupported(causal) from error
+    finally:
+        measure.train(training)
+    limit = MAX_GAP if causal.dtype == torch.float32 else MAX_GAP_HALF
+    if abs(alone - packed) > limit * abs(alone):
+        raise _unsupported(causal)
+
+
+def _labelled(ids: torch.Tensor, begin: int) -> Batch:
+    """One or two documents, of which the one from `begin` on predicts its own tokens."""
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels[begin:-1] = ids[begin + 1 :]
+    bounds = (0, begin, len(ids)) if begin else (0, len(ids))
+    positions = torch.arange(len(ids)) - begin * (torch.arange(len(ids)) >= begin)
+    return Batch(ids, labels, positions, bounds, len(ids) - begin - 1)
 
 
 def _hidden(causal: Any, documents: list[torch.Tensor]) -> torch.Tensor:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from chatfine.model import learned_rows
+from chatfine.model.cross_entropy import linear_cross_entropy
 from chatfine.types import IGNORE_INDEX, Batch
 
 ATTENTION = "chatfine"
-HEAD_CHUNK_BYTES = 64 * 2**20
-"""Size of the block of float32 logits alive at one time; larger gave no speed on two CPU cores."""
 
 
 def install(model: Any) -> None:
@@ -220,14 +220,17 @@ def causal_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _plain_head(causal: Any) -> torch.nn.Linear | None:
-    """The output embedding if logits are just its product with the hidden state, else None."""
+def _plain_head(causal: Any) -> list[torch.Tensor] | None:
+    """The matrix, or the matrices one after the other, whose products with the hidden state are the
+    logits; None where there is more to them."""
     settings = causal.config.get_text_config()
     extras = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     head = causal.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None:
+    if any(getattr(settings, name, None) for name in extras):
         return None
-    return None if any(getattr(settings, name, None) for name in extras) else head
+    if type(head) is not torch.nn.Linear:
+        return learned_rows.head_parts(head)
+    return None if head.bias is not None else [head.weight]
 
 
 def _model_inputs(batch: Batch) -> dict[str, Any]:
@@ -247,11 +250,28 @@ def _model_inputs(batch: Batch) -> dict[str, Any]:
     }
 
 
+class LossModel(torch.nn.Module):
+    """`loss_sum` as the forward of a module: one call for what hooks into modules, as FSDP does."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The sum of the losses of the labels of `batch`."""
+        return loss_sum(self.model, batch)
+
+
 def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     """Sum of the cross entropies of all labels of `batch`, in nats, as a float32 scalar.
 
-    The caller divides by the number of labels of the whole global batch (contract C3).
+    The caller divides by the number of labels of the whole global batch (contract C3). A model
+    that can't run over packed rows brings a function of its own (`model.unpacked`).
     """
+    own = getattr(model, "own_loss_sum", None)
+    if own is not None:
+        total: torch.Tensor = own(model, batch)
+        return total
     causal = causal_model(model)
     head = _plain_head(causal)
     where = torch.nonzero(batch.labels != IGNORE_INDEX).squeeze(1)  # (S,)
@@ -259,7 +279,7 @@ def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     if head is None:
         return _loss_through_model(causal, batch, where, labels)
     hidden = causal.get_decoder()(**_model_inputs(batch)).last_hidden_state[0]  # (N, D)
-    return linear_cross_entropy(hidden.index_select(0, where), head.weight, labels)
+    return linear_cross_entropy(hidden.index_select(0, where), head, labels)
 
 
 def _loss_through_model(
@@ -269,71 +289,3 @@ def _loss_through_model(
     logits = causal(**_model_inputs(batch), logits_to_keep=where).logits[0]
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), labels, reduction="sum")
-
-
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
-    """Sum of `cross_entropy(hidden @ weight.T, labels)` without keeping the logits.
-
-    Args:
-        hidden: (S, D) states that have a label.
-        weight: (V, D) output embedding.
-        labels: (S,) token ids.
-
-    The gradient with respect to the logits is known as soon as they are (softmax − one-hot), so
-    both products of the backward pass are taken while a block of logits is still in the cache.
-    The idea is that of Liger's fused linear cross entropy (Hsu et al., 2024).
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):  # as a linear of torch would do by itself
-        hidden = hidden.to(torch.get_autocast_dtype(device))
-    result: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            return _LinearCrossEntropy._blocks(ctx, hidden, weight, labels)
-
-    @staticmethod
-    def _blocks(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-    ) -> torch.Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        weight = weight.detach().to(hidden.dtype)  # under autocast the master weight is float32
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        total = hidden.new_zeros((), dtype=wide)
-        rows = max(1, HEAD_CHUNK_BYTES // (4 * weight.shape[0]))
-        for begin in range(0, hidden.shape[0], rows):
-            block = hidden[begin : begin + rows].detach()
-            wanted = labels[begin : begin + rows, None]
-            logits = F.linear(block, weight).to(wide)  # (rows, V)
-            log_norm = logits.logsumexp(1, keepdim=True)
-            total += (log_norm - logits.gather(1, wanted)).sum()
-            if not (need_hidden or need_weight):
-                continue
-            grad = logits.sub_(log_norm).exp_()  # softmax, in place
-            grad.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=grad.dtype))
-            grad = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[begin : begin + rows])
-            if grad_weight is not None:
-                grad_weight += torch.mm(grad.t(), block)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * upstream.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * upstream,
-            None,
-        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,27 +16,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from chatfine.errors import UsageError
 from chatfine.i18n import t
+from chatfine.model.fast import causal_model
+from chatfine.model.sampling import Sampling, completions_of_ngrams, forbid, penalise, pick
+from chatfine.model.unpacked import cache_argument, prefix_cache, prefix_tokens
+
+__all__ = ["OnToken", "Sampling", "generate", "position_limit"]
 
 OnToken = Callable[[int, int], None]
 """Called with (row, id) for every answer token as soon as it is known."""
 
 MIN_SHARED_TOKENS = 8  # below this a common prefix is not worth a forward pass of its own
-NUCLEUS_TOKENS = 256  # top-p looks among so many likeliest tokens before it sorts them all
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy: always the likeliest.
-
-    The order is the usual one: repetition penalty, temperature, top-k, top-p.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 42
 
 
 def generate(
@@ -46,6 +34,7 @@ def generate(
     stop_ids: Iterable[int],
     sampling: Sampling | None = None,
     on_token: OnToken | None = None,
+    vocabulary: int = 0,
 ) -> list[list[int]]:
     """Continue every prompt; one batch, so the caller decides how many go together.
 
@@ -59,6 +48,8 @@ def generate(
         prompts: token ids of each row; none may be empty.
         stop_ids: ids that end an answer.
         on_token: streaming; an exception it raises ends the generation.
+        vocabulary: size of the tokenizer; rows of the head after it are padding, and no answer. 0 =
+            all rows.
 
     Returns:
         The new ids of each prompt, in the order of `prompts`.
@@ -69,24 +60,29 @@ def generate(
     sampling = sampling or Sampling()
     if not prompts:
         return []
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    limit = position_limit(base)
+    limit = position_limit(model)
     for prompt in prompts:
         _check_prompt(len(prompt), limit)
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            decoding = _Decoding(base, prompts, frozenset(stop_ids), sampling, limit)
+            decoding = _Decoding(model, prompts, frozenset(stop_ids), sampling, limit)
+            decoding.vocabulary = vocabulary or None
             return decoding.run(on_token)
     finally:
         model.train(was_training)
 
 
 def position_limit(model: Any) -> int | None:
-    """How many tokens prompt and answer may have together; None where the model sets no limit."""
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(limit) if limit else None
+    """How many tokens prompt and answer may have together; None where the model sets no limit.
+
+    Args:
+        model: a transformers model, or a peft model around one, whose prefix takes room too.
+    """
+    config = causal_model(model).config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) - prefix_tokens(model) if limit else None
 
 
 def _check_prompt(tokens: int, limit: int | None) -> None:
@@ -110,6 +106,14 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]  # the library is not typ
     keys: torch.Tensor
     values: torch.Tensor
     room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> _RoomyLayer:
+        """A layer that holds what `layer` holds."""
+        roomy = cls()
+        if layer.is_initialized:
+            roomy.update(layer.keys, layer.values)
+        return roomy
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -155,22 +159,26 @@ class _Decoding:
         sampling: Sampling,
         limit: int | None,
     ) -> None:
-        self.model = model
+        self.model = causal_model(model)
         self.prompts = prompts
         self.stop_ids = stop_ids
         self.sampling = sampling
-        self.device = model.get_input_embeddings().weight.device
+        self.device = next(self.model.parameters()).device
+        self.vocabulary: int | None = None
         self.rows = list(range(len(prompts)))
         self.room = [  # how many tokens each row may still get
             min(sampling.max_new_tokens, (limit or 2**62) - len(prompt)) for prompt in prompts
         ]
-        self.cache = DynamicCache(config=model.config)
+        self.prefix = prefix_tokens(model)
+        if self.prefix:
+            self.cache = prefix_cache(model, 1)
+        else:
+            self.cache = DynamicCache(config=self.model.config)
         for place, layer in enumerate(self.cache.layers):
             if type(layer) is DynamicLayer:
-                self.cache.layers[place] = _RoomyLayer()
-        accepted = inspect.signature(model.forward).parameters
-        # transformers renamed it in 5.24 and warns at the old name
-        self.cache_name = "cache" if "cache" in accepted else "past_key_values"
+                self.cache.layers[place] = _RoomyLayer.of(layer)
+        self.cache_name = cache_argument(self.model)
+        accepted = inspect.signature(self.model.forward).parameters
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.draws: torch.Tensor | None = None
         if sampling.temperature > 0:  # drawn on the CPU, so that every device gives the same answer
@@ -178,11 +186,12 @@ class _Decoding:
             shape = (len(prompts), sampling.max_new_tokens)
             # a hair below 1, so that rounding never pushes a draw past the last token with any mass
             self.draws = (torch.rand(shape, generator=source) * (1 - 2**-20)).to(self.device)
+        self.answers: list[list[int]] = [[] for _ in prompts]
         self.seen: torch.Tensor | None = None  # (B, V) tokens the repetition penalty applies to
 
     def run(self, on_token: OnToken | None) -> list[list[int]]:
         """Decode until every row has ended."""
-        answers: list[list[int]] = [[] for _ in self.prompts]
+        answers = self.answers
         logits = self._read_prompts()  # (B, V)
         for step in range(self.sampling.max_new_tokens):
             chosen = self._choose(logits, step)  # (B,)
@@ -206,20 +215,22 @@ class _Decoding:
     def _read_prompts(self) -> torch.Tensor:
         """Fill the cache with all prompts; returns the logits after each (B, V)."""
         shared = self._shared_tokens()
+        before = self.prefix + shared
         if shared:
             self.mask = None
-            self.positions = torch.arange(shared, device=self.device)[None]
+            self.positions = torch.arange(self.prefix, before, device=self.device)[None]
             self._forward(torch.tensor([list(self.prompts[0][:shared])], device=self.device))
+        if before:
             self.cache.batch_repeat_interleave(len(self.prompts))
         rests = [list(prompt[shared:]) for prompt in self.prompts]
         width = max(len(rest) for rest in rests)
         ids = torch.tensor([[0] * (width - len(rest)) + rest for rest in rests])  # (B, width)
         real = torch.tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests])
         padded = bool((real == 0).any())
-        self.positions = (real.cumsum(1) - 1).clamp(min=0).to(self.device) + shared
+        self.positions = (real.cumsum(1) - 1).clamp(min=0).to(self.device) + before
         self.mask = None
-        if padded:  # the pads lie between the shared prefix and the rest of a row
-            self.mask = torch.cat([real.new_ones(len(rests), shared), real], 1).to(self.device)
+        if padded:  # the pads lie between what rows share and the rest of a row
+            self.mask = torch.cat([real.new_ones(len(rests), before), real], 1).to(self.device)
         return self._forward(ids.to(self.device))
 
     def _shared_tokens(self) -> int:
@@ -252,7 +263,7 @@ class _Decoding:
         self.positions = self.positions[:, -1:] + 1
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -1, : self.vocabulary].float()
         return logits
 
     def _drop_others(self, keep: list[int], chosen: torch.Tensor) -> torch.Tensor:
@@ -274,54 +285,16 @@ class _Decoding:
                 self.seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
                 for place, prompt in enumerate(self.prompts):
                     self.seen[place, list(prompt)] = True
-            logits = _penalise(logits, self.seen, self.sampling.repetition_penalty)
+            logits = penalise(logits, self.seen, self.sampling.repetition_penalty)
+        size = self.sampling.no_repeat_ngram_size
+        if size:
+            said = [[*self.prompts[row], *self.answers[row]] for row in self.rows]
+            spent = [completions_of_ngrams(one, size) for one in said]
+            logits = torch.stack([forbid(*one) for one in zip(logits, spent, strict=True)])
+        if step < self.sampling.min_new_tokens:
+            logits = forbid(logits, sorted(self.stop_ids))
         draws = None if self.draws is None else self.draws[:, step]
-        chosen = _pick(logits, self.sampling, draws)
+        chosen = pick(logits, self.sampling, draws)
         if self.seen is not None:
             self.seen[torch.arange(len(chosen), device=chosen.device), chosen] = True
         return chosen
-
-
-def _penalise(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make seen tokens less likely, as in CTRL (Keskar et al. 2019, section 4.1)."""
-    lowered = torch.where(logits < 0, logits * penalty, logits / penalty)
-    return torch.where(seen, lowered, logits)
-
-
-def _pick(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor | None) -> torch.Tensor:
-    """Choose one token a row of `logits` (B, V); `draws` (B,) are uniform in [0, 1)."""
-    if draws is None:
-        return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    if not sampling.top_k and sampling.top_p == 1:
-        return _draw(logits.softmax(-1), draws)
-    weights, ids = _likeliest(logits, sampling)
-    if sampling.top_p < 1:  # drop a token when those before it already have the mass
-        before = weights.cumsum(-1) - weights
-        weights = weights.masked_fill(before >= sampling.top_p, 0)
-    return ids.gather(-1, _draw(weights, draws)[:, None])[:, 0]
-
-
-def _draw(weights: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Where each of `draws` (B,) falls among the cumulated `weights` (B, K)."""
-    mass = weights.cumsum(-1)
-    return (mass <= draws[:, None] * mass[:, -1:]).sum(-1).clamp(max=mass.shape[-1] - 1)
-
-
-def _likeliest(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities that top-k and top-p can choose from, descending, and their ids, both (B, K).
-
-    A full sort of the vocabulary costs more than a small model's forward pass; the nucleus nearly
-    always lies within a few hundred tokens, and where it does not the sort is done after all.
-    """
-    vocabulary = logits.shape[-1]
-    if sampling.top_k:
-        top, ids = logits.topk(min(sampling.top_k, vocabulary))
-        return top.softmax(-1), ids
-    total = logits.logsumexp(-1, keepdim=True)
-    top, ids = logits.topk(min(NUCLEUS_TOKENS, vocabulary))
-    weights = (top - total).exp()
-    if bool((weights.sum(-1) < sampling.top_p).any()):
-        top, ids = logits.sort(descending=True)
-        weights = (top - total).exp()
-    return weights, ids

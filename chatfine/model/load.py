@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from chatfine.errors import ModelError
+from chatfine.hub.headers import read_tensors
 from chatfine.i18n import t
-from chatfine.model import fast
+from chatfine.model import fast, stream
+from chatfine.model.frozen import FrozenLinear, linears_to_freeze
 
 
 def quiet_libraries() -> None:
@@ -30,22 +32,40 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="torch.utils.data|peft|transformers")
 
 
-def load_model(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+def load_model(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    quantize: str = "none",
+) -> Any:
     """Load the causal language model in `path`.
 
     Args:
         path: a checked model folder (config.json + safetensors).
-        dtype: number format of all weights.
+        dtype: number format of all weights, or with `quantize` of those that are not packed.
         device: where the weights go.
+        quantize: none, int8 or nf4: pack the linears (`model.frozen`) as they are read, so that
+            the peak is the packed model and one tensor.
 
     Returns:
         A `PreTrainedModel` in evaluation mode whose attention understands packed documents
         (`model.fast`).
 
     Raises:
-        ModelError: transformers does not know the architecture, or the weights do not fit it.
+        ModelError: transformers does not know the architecture, the weights do not fit it, or there
+            are no linears to pack.
+        ResourceError: bitsandbytes is needed and missing.
     """
     quiet_libraries()
+    if quantize == "none":
+        model = _whole(path, dtype).to(device)
+    else:
+        model = _quantized(path, dtype, torch.device(device), quantize)
+    fast.install(model)
+    return model.eval()
+
+
+def _whole(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -58,20 +78,59 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu
             output_loading_info=True,
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise stream.unloadable(path, error) from error
+    if info["missing_keys"]:
+        raise stream.weights_missing(path, set(info["missing_keys"]))
+    return model
+
+
+def _quantized(path: Path, dtype: torch.dtype, device: torch.device, storage: str) -> Any:
+    model = stream.empty_model(path, dtype, device)
+    packed = pack_linears(model, storage, path)
+
+    def place(name: str, stored: stream.StoredWeight) -> None:
+        module = packed.get(name)
+        if module is not None:  # rounded from the file's own format, whatever the rest is in
+            stream.require_shape(name, stored.shape, (module.out_features, module.in_features))
+            module.fill(stored.read().to(device))
+            return
+        tensor = stored.read()
+        wanted = dtype if tensor.is_floating_point() else tensor.dtype
+        # a copy, or the file would stay mapped
+        stream.put(model, name, tensor.to(device, wanted, copy=True))
+
+    stream.stream_weights(model, path, place)
+    return model
+
+
+def pack_linears(model: Any, storage: str, path: Path) -> dict[str, FrozenLinear]:
+    """Replace the linears of a model on the meta device by empty packed ones.
+
+    Returns:
+        Name of the weight → its layer, whose `fill` takes the weight.
+
+    Raises:
+        ModelError: there are none.
+    """
+    packed = {}
+    for name, linear in linears_to_freeze(model).items():
+        layer = FrozenLinear.of(linear, storage)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer)
+        packed[f"{name}.weight"] = layer
+    if not packed:
         raise ModelError(
-            "model-unloadable",
-            t("transformers can't load the model in {path}", path=path),
-            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            fix=t("check config.json, or update transformers"),
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            "weights-missing",
-            t("{n} weights of the model are not in {path}", n=len(missing), path=path),
-            where=missing[0],
-            why=t("they would be random numbers"),
-            fix=t("get the model again: chatfine download NAME"),
-        )
-    fast.install(model)
-    return model.to(device).eval()
+            "nothing-to-quantize",
+            t("{kind} has no linear layers that could be stored smaller",
+              kind=type(model).__name__),
+            where=str(path),
+            fix="--quantize none",
+        )  # fmt: skip
+    return packed
+
+
+def packed_names(path: Path) -> set[str]:
+    """The names, in the folder's files, of the weights that `quantize` packs."""
+    model = stream.empty_model(path, torch.float32)
+    names = stream.stored_names(model, read_tensors(path))
+    return {names[f"{name}.weight"] for name in linears_to_freeze(model)}

@@ -3,16 +3,20 @@
 PEFT's layer adds, for each linear, a scaled copy of the adapter's output to the base's output: two
 more elementwise passes forward and two backward. Here the small product accumulates straight into
 the large one (`addmm_`), forward and backward. The slow twin is PEFT's forward; it stays in charge
-wherever something is not plain (DoRA, dropout, several adapters, quantised or biased bases).
+wherever something is not plain (DoRA, dropout, several adapters, biased bases). A packed base
+(`model.frozen`) is unpacked for the forward product and again for the backward one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from chatfine.model.frozen import FrozenLinear
 
 
 def install(model: nn.Module) -> int:
@@ -35,8 +39,9 @@ def uninstall(model: nn.Module) -> None:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether the layer is base + scale·B·A on an ordinary float linear without bias or dropout."""
-    if len(module.active_adapters) != 1 or type(module.base_layer) is not nn.Linear:
+    """Whether the layer is base + scale·B·A on a float or packed linear without bias or dropout."""
+    kinds = (nn.Linear, FrozenLinear)
+    if len(module.active_adapters) != 1 or type(module.base_layer) not in kinds:
         return False
     name = module.active_adapters[0]
     dropout = module.lora_dropout[name]
@@ -64,45 +69,59 @@ class _Fused:
             result: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
             return result
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
-        weight = module.base_layer.weight
+        base = module.base_layer
+        unpack: Callable[[Any, torch.dtype], torch.Tensor] = _as_it_is
+        packed: tuple[torch.Tensor, ...] = (base.weight,)
+        if isinstance(base, FrozenLinear):
+            unpack, packed = base.unpack, base.packed
+        else:
+            x = x.to(base.weight.dtype)
         fused: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-            x.to(weight.dtype), weight, a, b, module.scaling[name]
+            x, a, b, module.scaling[name], unpack, *packed
         )
         return fused
 
 
+def _as_it_is(packed: tuple[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    return packed[0]
+
+
 class _LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + s (x Aᵀ) Bᵀ with W (out, in) frozen, A (rank, in), B (out, rank)."""
+    """y = x Wᵀ + s (x Aᵀ) Bᵀ with W (out, in) frozen, A (rank, in), B (out, rank).
+
+    `unpack(packed, dtype)` gives W; only what is packed is kept for the backward pass.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
         a: torch.Tensor,
         b: torch.Tensor,
         scale: float,
+        unpack: Callable[[Any, torch.dtype], torch.Tensor],
+        *packed: torch.Tensor,
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
         a_low, b_low = a.to(rows.dtype), b.to(rows.dtype)
         inner = F.linear(rows, a_low)  # (N, rank)
-        y = F.linear(rows, weight)
+        y = F.linear(rows, unpack(packed, rows.dtype))
         y.addmm_(inner, b_low.t(), alpha=scale)
-        ctx.save_for_backward(rows, inner, weight, a_low, b_low)
-        ctx.scale = scale
+        ctx.save_for_backward(rows, inner, a_low, b_low, *packed)
+        ctx.scale, ctx.unpack = scale, unpack
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        rows, inner, weight, a_low, b_low = ctx.saved_tensors
+        rows, inner, a_low, b_low, *packed = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])  # (N, out)
         grad_inner = torch.mm(flat, b_low).mul_(ctx.scale)  # (N, rank)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(flat, weight)
+            grad_x = torch.mm(flat, ctx.unpack(tuple(packed), flat.dtype))
             grad_x.addmm_(grad_inner, a_low)
             grad_x = grad_x.view(*grad.shape[:-1], -1)
         wide = torch.promote_types(rows.dtype, torch.float32)
         grad_a = torch.mm(grad_inner.t(), rows).to(wide)
         grad_b = torch.mm(flat.t(), inner).to(wide).mul_(ctx.scale)
-        return grad_x, None, grad_a, grad_b, None
+        return (grad_x, grad_a, grad_b, None, None, *[None] * len(packed))

@@ -56,6 +56,8 @@ class Conversation:
     def _report(self, replies: Sequence[Reply]) -> None:
         if any(reply.stopped for reply in replies):
             console.warn(t("(stopped)"))
+        for unsafe in dict.fromkeys(reply.unsafe for reply in replies if reply.unsafe):
+            console.warn(unsafe)
         forgotten = max(reply.forgotten for reply in replies)
         if forgotten:
             console.warn(

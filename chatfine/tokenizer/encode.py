@@ -40,6 +40,7 @@ class ChatTokenizer:
         source: jinja2 source of the chat template; "" = none (plain text still works).
 
     Attributes:
+        folder: where the files were read from.
         size: number of tokens, added ones included; a model's embedding must have as many rows.
         bos_id, eos_id, pad_id: ids of the named tokens, None where the tokenizer has none.
         turn_end_id: the token the template writes after an answer, None if it writes none.
@@ -52,6 +53,7 @@ class ChatTokenizer:
     def __init__(self, files: TokenizerFiles, source: str) -> None:
         named = files.special_tokens
         self.template = source
+        self.folder = files.folder
         self.warnings: list[str] = []
         self._said: set[str] = set()
         template = ChatTemplate(source, named) if source else None

@@ -26,6 +26,7 @@ _FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "vocabulary.json",  # what is new in a grown one: hub.vocabulary
 )
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
@@ -63,9 +64,9 @@ def read_files(folder: Path) -> TokenizerFiles:
         if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
             raise _bad_file(folder / "tokenizer.json", t("it holds no vocabulary"))
     elif (folder / "tokenizer.model").is_file():
-        from chatfine.tokenizer.convert import read_sentencepiece
+        from chatfine.tokenizer.convert import read_model_file
 
-        spec, defaults = read_sentencepiece(folder / "tokenizer.model")
+        spec, defaults = read_model_file(folder / "tokenizer.model")
         config = defaults | config
     else:
         raise TokenizerError(

@@ -40,6 +40,18 @@ LLAMA2 = (
 )
 """The prompt format Meta published with Llama 2, for folders that carry no template."""
 
+LLAMA3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+    "{{ message['content'].strip() + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}"
+    "{% endif %}"
+)
+"""The prompt format Meta published with Llama 3, as its own programs write it."""
+
 PLAIN = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'].strip() + '\\n\\n' }}"

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from chatfine.errors import ResourceError
+from chatfine.errors import ResourceError, UsageError
 from chatfine.i18n import t
 from chatfine.runtime import pick_dtype
 from chatfine.train import plan as planning
+from chatfine.train.methods import UNPACKED
 from chatfine.train.prepare import Prepared, learning_layers, write_json
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ class Decisions:
     accumulate: int
     packing: bool
     checkpointing: bool
+    processes: int = 1
+    sharding: str = "none"
+
+    @property
+    def rows_a_step(self) -> int:
+        """Units of one optimizer step over all processes, which never changes within a run."""
+        return self.rows * self.accumulate * self.processes
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -50,11 +58,14 @@ class Decisions:
         return value
 
 
-def decide(prepared: Prepared, shapes: Shapes, device: torch.device) -> Decisions:
+def decide(
+    prepared: Prepared, shapes: Shapes, device: torch.device, processes: int = 1
+) -> Decisions:
     """Fill in the automatic settings, or read what an earlier start of this run decided.
 
     Raises:
         ResourceError: nothing that was left open makes the run fit.
+        UsageError: the run can't go on with this number of processes.
     """
     kept = prepared.run / "decisions.json"
     config = prepared.config
@@ -62,19 +73,62 @@ def decide(prepared: Prepared, shapes: Shapes, device: torch.device) -> Decision
     if kept.is_file():
         earlier = json.loads(kept.read_text(encoding="utf-8"))
         if earlier["asked"] == asked:
-            return Decisions(**earlier["decided"])
+            return _regroup(Decisions(**earlier["decided"]), processes, prepared)
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     packing = _packing(prepared, device)
-    rows = config.batch_size or (1 if packing else EXAMPLES_A_STEP)
+    rows = config.batch_size or (1 if packing else -(-EXAMPLES_A_STEP // processes))
     checkpointing = config.checkpointing == "full"
-    wanted = Decisions(device.type, dtype, rows, config.accumulate, packing, checkpointing)
+    wanted = Decisions(
+        device.type, dtype, rows, config.accumulate, packing, checkpointing, processes,
+        _sharding(config.sharding, config.method, processes),
+    )  # fmt: skip
     decisions = _fit(prepared, shapes, device, wanted)
     write_json(kept, {"asked": asked, "decided": dataclasses.asdict(decisions)})
     return decisions
 
 
+def _sharding(wanted: str, method: str, processes: int) -> str:
+    """How the weights are shared out: full where all of them learn; an adapter's base stays whole
+    as long as it fits (`_fit` goes on from there)."""
+    if processes == 1:
+        return "none"
+    if wanted != "auto":
+        return wanted
+    return "full" if method in ("full", "freeze") else "none"
+
+
+def _regroup(earlier: Decisions, processes: int, prepared: Prepared) -> Decisions:
+    """The same optimizer steps with another number of processes.
+
+    Raises:
+        UsageError: the rows of a step can't be divided among so many.
+    """
+    total = earlier.rows_a_step
+    if total % processes:
+        possible = [str(n) for n in range(1, total + 1) if total % n == 0]
+        raise UsageError(
+            "processes-do-not-divide",
+            t("this run learns from {n} rows a step; {m} processes can't share them evenly",
+              n=total, m=processes),
+            why=t("other steps would be another computation"),
+            fix=t("go on with one of these numbers of processes: {numbers}",
+                  numbers=", ".join(possible)),
+        )  # fmt: skip
+    each = total // processes
+    rows = max(n for n in range(1, earlier.rows + 1) if each % n == 0)
+    config = prepared.config
+    sharding = _sharding(config.sharding, config.method, processes)
+    if config.sharding == "auto" and processes > 1 and earlier.sharding == "full":
+        sharding = "full"  # it did not fit otherwise
+    return dataclasses.replace(
+        earlier, rows=rows, accumulate=each // rows, processes=processes, sharding=sharding
+    )
+
+
 def _packing(prepared: Prepared, device: torch.device) -> bool:
     """Packed rows where there are enough of them to matter and a device that likes them."""
+    if prepared.config.method in UNPACKED:
+        return False
     if prepared.config.packing != "auto":
         return prepared.config.packing == "on"
     tokens = sum(int(part.lengths.sum()) for part in prepared.data.train)
@@ -91,8 +145,10 @@ def _fit(prepared: Prepared, shapes: Shapes, device: torch.device, wanted: Decis
         while rows > 1:
             rows, accumulate = rows // 2, accumulate * 2
             options.append(dataclasses.replace(wanted, rows=rows, accumulate=accumulate))
-    if config.checkpointing == "auto":
+    if config.checkpointing == "auto" and config.method != "prefix":
         options += [dataclasses.replace(one, checkpointing=True) for one in list(options)]
+    if config.sharding == "auto" and wanted.processes > 1 and wanted.sharding == "none":
+        options += [dataclasses.replace(one, sharding="full") for one in list(options)]
     for option in options:
         if planning.make_plan(shapes, work_of(prepared, option)).memory_bytes <= free:
             return option
@@ -114,16 +170,52 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
     micro = sum(lengths[: decisions.rows])
     if decisions.packing:
         micro = prepared.max_length * decisions.rows
+    elif config.method in UNPACKED:  # padded, but to no more than twice the tokens
+        micro = min(2 * micro, lengths[0] * decisions.rows)
     epochs = config.epochs
     if config.max_steps:
         units = tokens / prepared.max_length if decisions.packing else len(lengths)
-        epochs = config.max_steps * decisions.rows * decisions.accumulate / max(1.0, units)
+        epochs = config.max_steps * decisions.rows_a_step / max(1.0, units)
     return planning.Work(
         method=config.method, rank=config.rank,
         targets=planning.targets_of(config.targets),
-        layers=learning_layers(config),
+        layers=learning_layers(config, prepared.model),
         dtype_bytes=4 if decisions.dtype == "float32" else 2, device=decisions.device,
         checkpointing=decisions.checkpointing, micro_tokens=micro,
         micro_labels=round(micro * labels / max(1, tokens)) or 1, longest=lengths[0],
         tokens=round(tokens * epochs), labels=round(labels * epochs), keep=config.keep,
+        quantize=config.quantize, virtual_tokens=config.learned_tokens,
+        row_parameters=prepared.row_parameters,
     )  # fmt: skip
+
+
+def check_sharing(prepared: Prepared, decisions: Decisions) -> None:
+    """Refuse what does not work among several processes.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    config, kind = prepared.config, decisions.sharding
+    if kind == "none":
+        if config.cpu_offload:
+            raise UsageError(
+                "offload-alone",
+                t("--cpu-offload needs a model that is shared out among several processes"),
+                where="--cpu-offload",
+                fix="torchrun --nproc_per_node 2 -m chatfine train … --sharding full",
+            )
+        return
+    if decisions.dtype == "float16":
+        raise UsageError(
+            "sharded-fp16",
+            t("--sharding {kind} does not work with fp16", kind=kind),
+            why=t("its gradients need a scale that all processes agree on"),
+            fix=("--dtype bf16", "--sharding none"),
+        )
+    if config.method in ("dora", "prefix", "llama-adapter"):
+        raise UsageError(
+            "sharded-method",
+            t("--method {method} does not work with --sharding {kind}", method=config.method,
+              kind=kind),
+            fix=("--sharding none", "--method lora"),
+        )  # fmt: skip

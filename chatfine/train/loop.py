@@ -17,7 +17,7 @@ from torch import nn
 
 from chatfine.errors import Stopped
 from chatfine.i18n import t
-from chatfine.model.fast import loss_sum
+from chatfine.train.distributed import Group, whole
 from chatfine.train.optim import Schedule
 from chatfine.train.rng import rng_tensors, set_rng_tensors
 from chatfine.types import Batch, StepReport
@@ -81,7 +81,7 @@ class Precision:
 class Trainer:
     """The objects of one run and the loop over them."""
 
-    model: nn.Module
+    model: nn.Module  # Batch → sum of the losses of its labels
     parameters: Mapping[str, nn.Parameter]
     batches: BatchSource
     optimizer: torch.optim.Optimizer
@@ -89,6 +89,7 @@ class Trainer:
     precision: Precision
     progress: Progress
     device: torch.device
+    group: Group
     clip: float
     evaluate: Callable[[], float | None]
     save: Callable[[], None]
@@ -123,21 +124,26 @@ class Trainer:
         started, progress = time.perf_counter(), self.progress
         before = rng_tensors(self.device)
         labels = self.batches.supervised(progress.step)
-        loss, tokens = 0.0, 0
+        loss, tokens, stopping = 0.0, 0.0, 0.0
         for batch in self.batches.step(progress.step):
-            if self.stop_requested():
-                self.optimizer.zero_grad(set_to_none=True)
-                set_rng_tensors(before, self.device)
-                return False
+            stopping = stopping or self.stop_requested()
+            if stopping and self.group.alone:  # several stop together, after the sums
+                break
             loss += self._accumulate(batch.to(self.device), labels)
-            tokens += batch.tokens
+            tokens += batch.tokens if batch.supervised else 0  # 0: only there to keep step
+            self.group.tick()
+        loss, tokens, stopping = self.group.sums(loss, tokens, stopping)
+        if stopping:
+            self.optimizer.zero_grad(set_to_none=True)
+            set_rng_tensors(before, self.device)
+            return False
         if not math.isfinite(loss):
             raise self._not_finite(t("the loss"), loss)
         learning_rate = self.schedule.at(progress.step)
         norm = self._update(learning_rate)
         seconds = time.perf_counter() - started
         progress.step += 1
-        progress.tokens += tokens
+        progress.tokens += int(tokens)
         progress.seconds += seconds
         self.report(
             StepReport(
@@ -151,28 +157,38 @@ class Trainer:
     def _accumulate(self, batch: Batch, labels: int) -> float:
         """Add the gradients of one micro-batch; returns its part of the step's mean loss."""
         with self.precision.context():
-            loss = loss_sum(self.model, batch) / labels
+            loss = self.model(batch) / labels
         self.precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def _update(self, learning_rate: float) -> float:
         """Clip, step, clear; returns the gradient norm. Nothing is updated if it is not finite."""
         scaler = self.precision.scaler
+        self.group.sum_gradients(self.parameters.values())
+        self._hold_back()
         scaler.unscale_(self.optimizer)
-        norm = float(
-            nn.utils.clip_grad_norm_(
-                self.parameters.values(), self.clip or math.inf, foreach=self.device.type != "mps"
-            )
+        total = nn.utils.clip_grad_norm_(
+            self.parameters.values(), self.clip or math.inf, foreach=self.device.type != "mps"
         )
+        norm = float(whole(total))
         # in fp16 the scaler skips the step and halves its scale, which a real fault outlasts
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
             raise self._not_finite(t("the gradient"), norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            start = group.get("start", 0)
+            rate = self.schedule.at(self.progress.step, start) if start else learning_rate
+            group["lr"] = group.get("scale", 1.0) * rate
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _hold_back(self) -> None:
+        """Forget the gradients of what does not learn yet, before clipping and moments see them."""
+        for group in self.optimizer.param_groups:
+            if self.progress.step < group.get("start", 0):
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def _evaluate(self) -> None:
         val_loss = self.evaluate()

@@ -22,15 +22,17 @@ class MetricsLog:
     that is done again is not logged twice.
     """
 
-    def __init__(self, path: Path, length_bytes: int = 0) -> None:
-        self.path = path
-        if path.exists():
+    def __init__(self, path: Path | None, length_bytes: int = 0) -> None:
+        """`path` None writes nothing: of several processes only the first has a log."""
+        if path is not None and path.exists():
             os.truncate(path, min(length_bytes, path.stat().st_size))
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._file = path.open("a", encoding="utf-8", newline="\n") if path is not None else None
 
     def write(self, report: StepReport) -> None:
         """Append one line; numbers that JSON can't hold (a gradient norm that overflowed in fp16)
         are left out."""
+        if self._file is None:
+            return
         values = {
             name: value
             for name, value in report.as_dict().items()
@@ -41,13 +43,16 @@ class MetricsLog:
 
     def sync(self) -> int:
         """Force the file to disk and return its length in bytes."""
+        if self._file is None:
+            return 0
         self._file.flush()
         os.fsync(self._file.fileno())
-        return self.path.stat().st_size
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -89,6 +89,9 @@ class Work:
     tokens: int  # tokens of the whole run
     labels: int
     keep: int = 2
+    quantize: str = "none"  # how the frozen linears are stored
+    virtual_tokens: int = 0  # what prefix and llama-adapter learn
+    row_parameters: int = 0  # numbers in rows of embedding and head that learn
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +117,24 @@ class Plan:
 
 def trained_parameters(shapes: Shapes, work: Work) -> int:
     """How many numbers learn."""
-    return learning_parameters(shapes, work.method, work.rank, work.targets, work.layers)
+    return work.row_parameters + learning_parameters(
+        shapes, work.method, work.rank, work.targets, work.layers, work.virtual_tokens
+    )
 
 
 def learning_parameters(
-    shapes: Shapes, method: str, rank: int, targets: Sequence[str], layers: int
-) -> int:
+    shapes: Shapes, method: str, rank: int, targets: Sequence[str], layers: int,
+    virtual_tokens: int = 0,
+) -> int:  # fmt: skip
     """How many numbers learn under a method in the last `layers`; no `targets` are all linears."""
     if method == "full":
         return shapes.parameters
+    if method == "rows":
+        return 0
+    if method == "prefix":  # a key and a value in every layer
+        return virtual_tokens * shapes.layers * 2 * shapes.key
+    if method == "llama-adapter":  # tokens and a gate in each
+        return (layers or shapes.layers) * (virtual_tokens * shapes.hidden + 1)
     share = (layers or shapes.layers) / shapes.layers
     if method == "freeze":
         return round(shapes.body_parameters * share)
@@ -130,6 +142,15 @@ def learning_parameters(
     extra = sum(out * count for out, _, count in chosen.values()) if method == "dora" else 0
     adapters = sum(rank * (out + into) * count for out, into, count in chosen.values())
     return round((extra + adapters) * share)
+
+
+def packed_bytes(shapes: Shapes, storage: str) -> int:
+    """What the linears take as `model.frozen` stores them."""
+
+    def a_row(into: int) -> int:
+        return into + 4 if storage == "int8" else -(-into // 64) * 36
+
+    return sum(out * a_row(into) * count for out, into, count in shapes.linears.values())
 
 
 def targets_of(targets: str) -> tuple[str, ...]:
@@ -151,8 +172,13 @@ def _activations_a_token(shapes: Shapes, work: Work) -> float:
     the MLP keeps gate, its activation and up. A linear keeps its input only where something on it
     learns.
     """
+    if work.method in ("prefix", "llama-adapter"):  # on no linear, but attention has more to keep
+        kept = 4 * shapes.hidden + 5 * shapes.query + 2 * shapes.key + 3 * shapes.intermediate
+        return float(kept * work.dtype_bytes)
     everything = work.method in ("full", "freeze") or not work.targets
     targets = set(shapes.linears) if everything else set(work.targets)
+    if work.method == "rows":
+        targets = set()
     numbers: float = 4 * shapes.hidden + 2 * shapes.query + 2 * shapes.key + 3 * shapes.intermediate
     inputs = {"q_proj": shapes.hidden, "o_proj": shapes.query, "gate_proj": shapes.hidden,
               "down_proj": shapes.intermediate}  # fmt: skip
@@ -173,7 +199,8 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
     learning = trained_parameters(shapes, work)
     frozen = shapes.parameters - (learning if work.method in ("full", "freeze") else 0)
     a_token = _activations_a_token(shapes, work)
-    active_layers = shapes.layers if work.method == "full" else work.layers or shapes.layers
+    through_all = work.method == "full" or work.row_parameters > 0
+    active_layers = shapes.layers if through_all else work.layers or shapes.layers
     if work.checkpointing:  # each layer keeps its input; one layer is alive in full
         kept = shapes.hidden * work.dtype_bytes * active_layers + a_token
     else:
@@ -181,7 +208,11 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
     transient = 4 * shapes.intermediate * work.dtype_bytes  # gradients in flight in one MLP
     block = min(HEAD_BLOCK_BYTES, 4 * shapes.vocab * work.micro_labels)
     states = 3 * work.micro_labels * shapes.hidden * 4
-    weights = frozen * work.dtype_bytes
+    weights: float = frozen * work.dtype_bytes
+    if work.quantize != "none":  # one linear at a time is unpacked
+        largest = max((out * into for out, into, _ in shapes.linears.values()), default=0)
+        weights += packed_bytes(shapes, work.quantize)
+        weights += (largest - shapes.body_parameters) * work.dtype_bytes
     if work.method in ("full", "freeze"):
         weights += learning * (4 + (work.dtype_bytes if work.dtype_bytes < 4 else 0))
     return Plan(
@@ -198,14 +229,15 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
 
 def _flop(shapes: Shapes, work: Work) -> float:
     """Floating-point operations of all products of the run (2 per multiply-add)."""
-    share = (work.layers or shapes.layers) / shapes.layers
+    reached = shapes.layers if work.row_parameters else work.layers or shapes.layers
+    share = reached / shapes.layers
     backward = {"full": 2.0, "freeze": 2 * share}.get(work.method, share)
     passes = 1 + backward + (1 if work.checkpointing else 0)
     body = 2 * shapes.body_parameters * passes * work.tokens
-    adapter = (
-        6 * trained_parameters(shapes, work) * work.tokens if work.method in ("lora", "dora") else 0
-    )
+    in_layers = trained_parameters(shapes, work) - work.row_parameters
+    adapter = 6 * in_layers * work.tokens if work.method in ("lora", "dora") else 0
     head = 2 * shapes.head_parameters * (3 if work.method == "full" else 2) * work.labels
+    head += 2 * work.row_parameters * work.labels
     attention = 2 * shapes.query * work.longest * shapes.layers * 3.5 * work.tokens * 0.5
     return body + adapter + head + attention
 
@@ -264,6 +296,8 @@ def remedies(
         options.append((change(one, checkpointing=True), f"{smaller} --checkpointing full"))
     if work.dtype_bytes == 4 and work.device != "cpu":
         options.append((change(work, dtype_bytes=2), "--dtype bf16"))
+    if work.method not in ("full", "freeze") and work.quantize == "none":
+        options += [(change(work, quantize=name), f"--quantize {name}") for name in ("int8", "nf4")]
     if work.method in ("full", "freeze"):
         options.append((change(work, method="lora"), "--method lora"))
     length = work.longest // 2
@@ -271,7 +305,10 @@ def remedies(
                    micro_labels=min(work.micro_labels, length))  # fmt: skip
     options.append((shorter, f"--max-length {length} --batch-size 1 --checkpointing full"))
     fitting = [
-        text for option, text in options if make_plan(shapes, option).memory_bytes <= free_bytes
+        text
+        for option, text in options
+        if make_plan(shapes, option).memory_bytes <= free_bytes
+        and not (option.method == "prefix" and option.checkpointing)
     ]
     return fitting or [t("a smaller model, or a machine with more memory")]
 

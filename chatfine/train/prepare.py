@@ -7,12 +7,13 @@ import datetime
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatfine import __version__
-from chatfine.data import builtin
+from chatfine.data import sources
 from chatfine.data.examples import DataSettings, Splits, load_examples
 from chatfine.errors import OutputError, ResourceError, UsageError
 from chatfine.hub.catalog import find_model
@@ -21,6 +22,8 @@ from chatfine.i18n import t
 from chatfine.runtime import home
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.train import plan as planning
+from chatfine.train.methods import LLAMA_ADAPTER_LAYERS, check_method
+from chatfine.train.rows import learning_rows
 
 if TYPE_CHECKING:
     from chatfine.config import TrainConfig
@@ -35,7 +38,21 @@ CANARIES = ("Hello  world, it's 2024!\n", "你好，世界。😀", "a  1\t2")
 noticed."""
 
 WITHOUT_EFFECT = frozenset(
-    {"output", "track", "keep", "overwrite", "save_every", "gpu_memory", "device", "author", "name"}
+    {
+        "output",
+        "track",
+        "keep",
+        "overwrite",
+        "save_every",
+        "gpu_memory",
+        "device",
+        "author",
+        "name",
+        "sharding",
+        "cpu_offload",
+        "load",
+        "backend",
+    }
 )
 """Settings that do not enter the maths of a run, so resuming allows them to change (the names in
 identity questions enter through the data's fingerprint)."""
@@ -51,6 +68,20 @@ class Prepared:
     tokenizer: ChatTokenizer
     data: Splits
     max_length: int
+    rows: Sequence[int] = ()
+    """ids whose rows of embedding and head learn beside an adapter, or alone"""
+
+    @property
+    def row_parameters(self) -> int:
+        """How many numbers these rows are."""
+        return len(self.rows) * self.model.hidden_size * (1 if self.model.tied else 2)
+
+    @property
+    def method(self) -> str:
+        """What learns, in words."""
+        if not self.rows:
+            return self.config.method
+        return t("{method}, {n:,} new rows", method=self.config.method, n=len(self.rows))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -67,6 +98,7 @@ class Prepared:
             "base": config.model,
             "base_digest": self.model.digest(),
             "method": config.method,
+            "quantize": config.quantize,
             "template": "model" if config.template == "model" else self.tokenizer.template,
             "tokenizer_digest": self.tokenizer.digest,
             "canaries": {text: self.tokenizer.encode_text(text) for text in CANARIES},
@@ -81,10 +113,7 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
     anywhere."""
 
     def absolute(name: str) -> str:
-        path, _, function = name.partition(":") if ".py:" in name else (name, "", "")
-        if name and os.path.exists(path):
-            return os.path.abspath(path) + (f":{function}" if function else "")
-        return name
+        return os.path.abspath(name) if name and os.path.exists(name) else name
 
     def file(name: str) -> str:
         return os.path.abspath(name) if os.path.isfile(name) else name
@@ -95,13 +124,18 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
     output = config.output or datetime.datetime.now().strftime("run-%Y%m%d-%H%M%S")
     changes = {
         "model": os.path.abspath(config.model) if model_here else config.model,
-        "dataset": tuple(n if n in builtin.TABLE else absolute(n) for n in config.dataset),
-        "validation": file(config.validation),
+        "dataset": tuple(map(sources.absolute, config.dataset)),
+        "validation": _absolute_validation(config.validation),
         "adapter": absolute(config.adapter),
         "template": config.template if config.template in TEMPLATES else file(config.template),
         "output": os.path.abspath(output),
     }
     return config.model_copy(update=changes)
+
+
+def _absolute_validation(name: str) -> str:
+    """As `sources.absolute`, but a word that is also a folder here may be the name of a split."""
+    return name if not name or os.path.isdir(name) else sources.absolute(name)
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -112,8 +146,13 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     config = resolve_paths(config)
     model = read_model_folder(find_model(config.model))
+    check_method(
+        config.method, model, quantize=config.quantize, packing=config.packing,
+        checkpointing=config.checkpointing, layers=config.adapter_layers, adapter=config.adapter,
+    )  # fmt: skip
     tokenizer = ChatTokenizer.load(model.path, template=config.template)
     check_vocabulary(model, tokenizer.size)
+    rows = learning_rows(model, config.method, config.train_rows, config.adapter)
     max_length = _max_length(config, model)
     settings = DataSettings(
         validation=config.validation, prompt=config.prompt, response=config.response,
@@ -122,19 +161,22 @@ def prepare(config: TrainConfig) -> Prepared:
         name=config.name, author=config.author, mix=config.mix, seed=config.seed,
     )  # fmt: skip
     data = load_examples(config.dataset, tokenizer, settings, home() / "data")
-    return Prepared(config, Path(config.output), model, tokenizer, data, max_length)
+    return Prepared(config, Path(config.output), model, tokenizer, data, max_length, rows)
 
 
 def _max_length(config: TrainConfig, model: ModelFolder) -> int:
-    if config.max_length > model.max_positions:
+    prefix = config.learned_tokens if config.method == "prefix" else 0
+    limit = model.max_positions - prefix
+    if config.max_length > limit:
         raise UsageError(
             "length-beyond-model",
             t("--max-length is {value}; the model was made for {limit} tokens",
               value=config.max_length, limit=model.max_positions),
             where="--max-length",
-            fix=f"--max-length {model.max_positions}",
+            why=t("the prefix takes {n} of them", n=prefix) if prefix else None,
+            fix=f"--max-length {limit}",
         )  # fmt: skip
-    return config.max_length or min(DEFAULT_LENGTH, model.max_positions)
+    return config.max_length or min(DEFAULT_LENGTH, limit)
 
 
 def check_output(run: Path, overwrite: bool) -> None:
@@ -172,8 +214,10 @@ def check_output(run: Path, overwrite: bool) -> None:
     )
 
 
-def learning_layers(config: TrainConfig) -> int:
+def learning_layers(config: TrainConfig, model: ModelFolder) -> int:
     """How many of the last layers learn; 0 = all."""
+    if config.method == "llama-adapter":
+        return config.adapter_layers or min(LLAMA_ADAPTER_LAYERS, model.layers)
     return config.freeze_layers if config.method == "freeze" else config.adapter_layers
 
 
@@ -186,9 +230,9 @@ def needed_disk_bytes(prepared: Prepared) -> float:
     )  # fmt: skip
     learning = planning.learning_parameters(
         shapes, config.method, config.rank, planning.targets_of(config.targets),
-        learning_layers(config),
+        learning_layers(config, model), config.learned_tokens,
     )  # fmt: skip
-    return planning.disk_bytes(learning, config.keep)
+    return planning.disk_bytes(learning + prepared.row_parameters, config.keep)
 
 
 def check_disk(run: Path, needed_bytes: float) -> None:

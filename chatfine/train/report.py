@@ -60,8 +60,9 @@ def show(result: dict[str, Any], output: Path) -> None:
 def _method(prepared: Prepared) -> str:
     config = prepared.config
     if config.method in ("lora", "dora"):
-        return f"{config.method}, rank {config.rank}, alpha {config.lora_alpha}, {config.targets}"
-    return config.method
+        shape = f"rank {config.rank}, alpha {config.lora_alpha}, {config.targets}"
+        return f"{prepared.method}, {shape}"
+    return prepared.method
 
 
 def _row(name: str, value: str) -> str:

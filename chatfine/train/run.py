@@ -9,13 +9,15 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from chatfine import console
-from chatfine.errors import Interrupted, OutputError, Refused, Stopped
+from chatfine.console import is_main_process
+from chatfine.errors import ChatfineError, Interrupted, OutputError, Refused, Stopped
 from chatfine.i18n import t
+from chatfine.runtime import launched
 from chatfine.train.prepare import (
     CONFIG_FILE,
     LOCK_FILE,
@@ -32,7 +34,10 @@ from chatfine.train.prepare import (
 
 if TYPE_CHECKING:
     from chatfine.config import ResumeConfig, TrainConfig
+    from chatfine.train.distributed import Group
     from chatfine.train.session import Session
+
+T = TypeVar("T")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -44,20 +49,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
         Interrupted: Ctrl-C; the run can be resumed.
     """
     began = time.perf_counter()
-    check_output(Path(resolve_paths(config).output), config.overwrite)
-    prepared = prepare(config)
-    run = prepared.run
-    check_disk(run, needed_disk_bytes(prepared))
-    run.mkdir(parents=True, exist_ok=True)
-    with lock(run):
-        check_output(run, config.overwrite)  # another process may have come first
-        create_run(prepared)
-        try:
-            return execute(prepared, began)
-        except Refused:
-            if not (run / "checkpoints").exists():  # nothing was learned: leave nothing behind
-                shutil.rmtree(run, ignore_errors=True)
-            raise
+    with _processes(config.backend, config.device) as group:
+        config = _agree(group, resolve_paths(config))
+        _first(group, lambda: check_output(Path(config.output), config.overwrite))
+        prepared = _prepare(group, config)
+        run = prepared.run
+        with _first_holds(group, run):
+
+            def create() -> None:
+                check_output(run, config.overwrite)  # another process may have come first
+                create_run(prepared)
+
+            _first(group, create)
+            try:
+                return execute(prepared, began, group)
+            except Refused:
+                if is_main_process() and not (run / "checkpoints").exists():
+                    shutil.rmtree(run, ignore_errors=True)  # nothing was learned: leave nothing
+                raise
 
 
 def resume(config: ResumeConfig) -> dict[str, Any]:
@@ -78,15 +87,18 @@ def resume(config: ResumeConfig) -> dict[str, Any]:
             why=t("a run folder holds a config.yaml"),
             fix=t("start one: chatfine train --help"),
         )
-    with lock(run):
+    settings = TrainConfig.read(load_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
+    settings = settings.model_copy(update={"output": str(run.resolve())})
+    with (
+        _processes(settings.backend, settings.device) as group,
+        _first_holds(group, run),
+    ):
         finished = run / RESULT_FILE
         if finished.is_file():
             result: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
             console.say(t("the run in {path} is finished, nothing to do", path=run))
             return result
-        settings = TrainConfig.read(load_yaml(run / CONFIG_FILE), str(run / CONFIG_FILE))
-        settings = settings.model_copy(update={"output": str(run.resolve())})
-        return execute(prepare(settings), began)
+        return execute(_prepare(group, settings), began, group)
 
 
 @contextlib.contextmanager
@@ -109,14 +121,80 @@ def lock(run: Path) -> Iterator[None]:
         ) from None
 
 
-def execute(prepared: Prepared, began: float) -> dict[str, Any]:
+@contextlib.contextmanager
+def _processes(backend: str, device: str) -> Iterator[Group | None]:
+    """The processes of a launcher as a group; None, and no torch yet, where there is just this one.
+
+    A process that ends with an error says so to the others, and only the first one prints.
+    """
+    if launched()[1] == 1:
+        yield None
+        return
+    from chatfine.train.distributed import join
+
+    group = join(backend, device)
+    try:
+        yield group
+    except ChatfineError as error:
+        group.leave(str(error))
+        if is_main_process() or group.watch is None:
+            raise
+        raise SystemExit(error.exit_code) from None
+    except BaseException as error:
+        group.leave("" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}")
+        raise
+    group.leave()
+
+
+def _first(group: Group | None, work: Callable[[], T]) -> T:
+    return work() if group is None else group.first(work)
+
+
+def _agree(group: Group | None, config: TrainConfig) -> TrainConfig:
+    """The first process's settings, whose folder may be named after its clock."""
+    return config if group is None else type(config).read(group.agree(config.model_dump()))
+
+
+def _prepare(group: Group | None, config: TrainConfig) -> Prepared:
+    """Check all input; of several processes the first one does it alone and the others find its
+    tokenised data."""
+
+    prepared: list[Prepared] = []
+
+    def check() -> None:
+        prepared.append(prepare(config))
+        check_disk(prepared[0].run, needed_disk_bytes(prepared[0]))
+
+    _first(group, check)
+    return prepared[0] if prepared else prepare(config)
+
+
+@contextlib.contextmanager
+def _first_holds(group: Group | None, run: Path) -> Iterator[None]:
+    """The run's lock, held by the first process for all."""
+    if not is_main_process():
+        _first(group, lambda: None)
+        yield
+        return
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            run.mkdir(parents=True, exist_ok=True)
+            held.enter_context(lock(run))
+
+        _first(group, take)
+        yield
+
+
+def execute(prepared: Prepared, began: float, group: Group | None = None) -> dict[str, Any]:
     """Train from where the run stands to its end and write what comes out of it."""
     try:
+        from chatfine.train.distributed import Group
         from chatfine.train.session import Session
 
         console.heading(t("Data"))
         prepared.data.report.show()
-        session = Session(prepared)
+        session = Session(prepared, group or Group())
         session.show_plan()
         session.restore()
         reason = session.train()
@@ -152,9 +230,13 @@ def finish(session: Session, reason: str, total_seconds: float) -> dict[str, Any
 
     prepared, progress = session.prepared, session.progress
     run = prepared.run
-    metrics = read_metrics(run / "metrics.jsonl")
     best = session.use_best_weights()
-    _replace_folder(run / session.output_name, session.write_output)
+    write_output = session.output_writer()
+    peaks = session.group.gather(peak_memory_bytes(session.device))
+    if session.group.rank:
+        return dict(session.group.agree(None))
+    metrics = read_metrics(run / "metrics.jsonl")
+    _replace_folder(run / session.output_name, write_output)
     plot_loss(metrics, run / "loss.png", run.name)
     losses = [row["loss"] for row in metrics if "loss" in row]
     last = losses[-max(1, len(losses) // 10) :]
@@ -166,7 +248,7 @@ def finish(session: Session, reason: str, total_seconds: float) -> dict[str, Any
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
         "train_loss": math.fsum(last) / len(last) if last else None,
         "val_loss": val_loss,
-        "peak_memory_bytes": peak_memory_bytes(session.device),
+        "peak_memory_bytes": max(peaks),
         "seconds": progress.seconds,
         "total_seconds": total_seconds,
         "ended": reason,
@@ -175,7 +257,7 @@ def finish(session: Session, reason: str, total_seconds: float) -> dict[str, Any
     report.write(run / "report.md", prepared, result, metrics)
     write_json(run / RESULT_FILE, result)
     report.show(result, run / session.output_name)
-    return result
+    return dict(session.group.agree(result))
 
 
 def _replace_folder(target: Path, write: Any) -> None:

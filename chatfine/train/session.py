@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,19 @@ import torch
 from chatfine import console
 from chatfine.data.batches import Batches, in_order
 from chatfine.errors import ModelError, ResourceError, UsageError
-from chatfine.evaluate.loss import evaluate_loss
+from chatfine.evaluate.loss import LossResult, evaluate_loss
 from chatfine.hub.folder import resolve_source
 from chatfine.i18n import t
-from chatfine.model import adapters, documents, fast
+from chatfine.model import adapters, documents, fast, learned_rows
 from chatfine.model.load import load_model
 from chatfine.runtime import pick_device, set_seed
+from chatfine.train import forecast
 from chatfine.train import plan as planning
-from chatfine.train.checkpoint import CheckpointStore
-from chatfine.train.decisions import decide, work_of
+from chatfine.train.checkpoint import Checkpoint, CheckpointStore
+from chatfine.train.decisions import check_sharing, decide, work_of
+from chatfine.train.distributed import Group, is_slice, own, own_rows, reshard, whole
 from chatfine.train.loop import Precision, Progress, Trainer
+from chatfine.train.methods import ADAPTERS
 from chatfine.train.metrics import MetricsLog, ProgressBar
 from chatfine.train.optim import (
     Schedule,
@@ -29,8 +32,10 @@ from chatfine.train.optim import (
     optimizer_tensors,
     warmup_steps,
 )
-from chatfine.train.prepare import Prepared, check_disk, require_same
+from chatfine.train.prepare import Prepared, learning_layers, require_same
 from chatfine.train.rng import rng_tensors, set_rng_tensors
+from chatfine.train.rows import first_steps
+from chatfine.train.sharded import Sharing, load_sharded
 from chatfine.train.stop import StopSignal
 from chatfine.train.trackers import Trackers
 from chatfine.types import StepReport
@@ -39,77 +44,46 @@ from chatfine.types import StepReport
 class Session:
     """One training run in this process. `train/run.py` drives it."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
+    def __init__(self, prepared: Prepared, group: Group) -> None:
+        self.prepared, self.group = prepared, group
         config = self.config = prepared.config
         set_seed(config.seed, config.deterministic)  # before a GPU library reads its settings
         self.device = pick_device(config.device)
-        self.world = 1
         shapes = planning.Shapes.of(
             prepared.model.text_config,
             {name: info.shape for name, info in prepared.model.tensors.items()},
             prepared.model.parameters,
         )
         self.shapes = shapes
-        self.decisions = decide(prepared, shapes, self.device)
+        self.decisions = group.first(lambda: decide(prepared, shapes, self.device, group.size))
         decisions = self.decisions
+        check_sharing(prepared, decisions)
         self.batches = Batches(
             prepared.data.train, config.mix, config.seed, decisions.rows, decisions.accumulate,
-            decisions.packing, prepared.max_length, share=not decisions.packing,
+            decisions.packing, prepared.max_length, group.rank, group.size,
+            share=not decisions.packing,
         )  # fmt: skip
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.total_steps = config.max_steps or max(1, round(config.epochs * self.steps_per_epoch))
+        self.rows_first = first_steps(config.rows_first, self.prepared.rows, self.total_steps)
         self.progress = Progress()
         self.stop = StopSignal()
-        self.store = CheckpointStore(prepared.run / "checkpoints", config.keep)
-        self.output_name = "adapter" if config.method in ("lora", "dora") else "model"
+        self.store = CheckpointStore(prepared.run / "checkpoints", config.keep, group)
+        self.output_name = "adapter" if config.method in ADAPTERS else "model"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether every process holds only its slices of the weights."""
+        return self.decisions.sharding != "none"
 
     # -- plan ------------------------------------------------------------------------------------
 
-    def predict(self) -> dict[str, Any]:
-        """The plan as plain data: memory, disk, time, and what auto came to."""
-        decisions = self.decisions
-        plan = planning.make_plan(self.shapes, work_of(self.prepared, decisions))
-        rate = planning.measured_flops(self.device, decisions.torch_dtype, self.shapes)
-        return {
-            "device": str(self.device),
-            "dtype": decisions.dtype,
-            "batch_size": decisions.rows,
-            "accumulate": decisions.accumulate,
-            "packing": decisions.packing,
-            "checkpointing": decisions.checkpointing,
-            "steps": self.total_steps,
-            "tokens": work_of(self.prepared, decisions).tokens,
-            "trained_parameters": plan.trained_parameters,
-            "parameters": self.shapes.parameters,
-            "memory_bytes": round(plan.memory_bytes),
-            "free_memory_bytes": round(
-                planning.free_memory_bytes(self.device, self.config.gpu_memory)
-            ),
-            "disk_bytes": round(plan.disk_bytes),
-            "seconds": plan.flop / (rate * planning.EFFICIENCY[self.device.type]),
-        }
-
     def show_plan(self) -> dict[str, Any]:
         """Print the plan, refuse a disk that is too small, and return the prediction."""
-        plan = self.predict()
-        console.heading(t("Plan"))
-        rows = [
-            [t("device"), f"{plan['device']}, {plan['dtype']}"],
-            [t("learns"), t("{n:,} of {m:,} parameters ({method})", n=plan["trained_parameters"],
-                            m=plan["parameters"], method=self.config.method)],
-            [t("steps"), t("{steps} of {rows} × {accumulate} examples, {tokens:,} tokens in all",
-                           steps=plan["steps"], rows=plan["batch_size"],
-                           accumulate=plan["accumulate"], tokens=plan["tokens"])],
-            [t("memory"), t("{need} of {free} that can be used",
-                            need=console.size(plan["memory_bytes"]),
-                            free=console.size(plan["free_memory_bytes"]))],
-            [t("disk"), console.size(plan["disk_bytes"])],
-            [t("time"), t("about {time}", time=console.duration(plan["seconds"]))],
-        ]  # fmt: skip
-        console.table([t("what"), t("prediction")], rows)
-        check_disk(self.prepared.run, plan["disk_bytes"])
-        return plan
+        return self.group.first(
+            lambda: forecast.show(self.prepared, self.decisions, self.shapes, self.device,
+                                  self.total_steps)
+        )  # fmt: skip
 
     # -- objects ---------------------------------------------------------------------------------
 
@@ -117,59 +91,120 @@ class Session:
         """Load the model, attach what learns, and continue from the newest valid checkpoint."""
         config, decisions = self.config, self.decisions
         set_seed(config.seed, config.deterministic)
-        self.store.clear_staging()
-        model = load_model(self.prepared.model.path, decisions.torch_dtype, self.device)
-        documents.check(model)
-        self.model = self._attach(model)
+        if self.group.rank == 0:
+            self.store.clear_staging()
+        self.model = self._load_sharded() if self.sharded else self._load()
         if decisions.checkpointing:
             fast.causal_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
         self.parameters = adapters.trained_parameters(self.model)
-        self.optimizer = make_optimizer(self.parameters, config.weight_decay, self.device)
-        masters = config.method in ("full", "freeze")
-        self.precision = Precision(self.device, decisions.torch_dtype, autocast=masters)
+        self.group.spread(self.parameters.values())
+        self.optimizer = make_optimizer(
+            self.parameters, config.weight_decay, self.device, config.optimizer, config.kahan,
+            learned_rows.parameters(self.model).keys(), config.rows_factor, self.rows_first,
+        )  # fmt: skip
+        self.precision = Precision(
+            self.device, decisions.torch_dtype, autocast=self._masters and not self.sharded
+        )
+        if self.group.rank:  # every process drops other numbers
+            set_seed(config.seed + self.group.rank, config.deterministic)
         self._load_checkpoint()
 
+    @property
+    def _masters(self) -> bool:
+        """Whether what learns is the model itself, in float32."""
+        return self.output_name == "model" and not self.config.pure_bf16
+
+    def _load(self) -> Any:
+        path, dtype = self.prepared.model.path, self.decisions.torch_dtype
+        model = load_model(path, dtype, self.device, self.config.quantize)
+        documents.check(model)
+        model = self._attach(model)
+        self.measure = fast.LossModel(model)
+        return model
+
+    def _load_sharded(self) -> Any:
+        config, dtype = self.config, self.decisions.torch_dtype
+        whole_model = self.output_name == "model"
+        sharing = Sharing(
+            self.group, self.device, keep_gathered=self.decisions.sharding == "gradients",
+            offload=config.cpu_offload, first_reads=config.load == "rank0",
+            products=dtype if self._masters and dtype != torch.float32 else None,
+        )  # fmt: skip
+        self.measure = load_sharded(
+            self.prepared.model.path, dtype, config.quantize,
+            self._attach if whole_model else lambda model: model.requires_grad_(False), sharing,
+        )  # fmt: skip
+        documents.check_loss(self.measure)
+        reshard(self.measure)
+        if not whole_model:  # it stays whole, and is only put on what is shared out
+            self.measure.model = self._attach(self.measure.model)
+        return self.measure.model
+
     def _attach(self, model: Any) -> Any:
+        tuned = self._attach_method(model)
+        if self.config.pure_bf16:
+            for one in adapters.trained_parameters(tuned).values():
+                one.data = one.data.to(torch.bfloat16)
+        return tuned
+
+    def _attach_method(self, model: Any) -> Any:
         config = self.config
         if config.adapter:
-            if config.method not in ("lora", "dora"):
-                raise UsageError(
-                    "adapter-and-method",
-                    t("--adapter goes on with an adapter; --method {method} has none",
-                      method=config.method),
-                )  # fmt: skip
             source = resolve_source(config.adapter, str(self.prepared.model.path))
             if source.adapter is None:
                 raise ModelError(
                     "no-adapter", t("there is no adapter in {path}", path=config.adapter)
                 )
-            return adapters.load_adapter(model, source.adapter, trainable=True)
+            tuned = adapters.load_adapter(model, source.adapter, trainable=True)
+            adapters.require_method(tuned, config.method)
+            if not self.prepared.rows:
+                learned_rows.freeze(tuned)
+            return tuned
         return adapters.attach(
             model, config.method, rank=config.rank, alpha=config.lora_alpha,
-            dropout=config.dropout, targets=config.targets,
-            adapter_layers=config.adapter_layers, freeze_layers=config.freeze_layers,
+            dropout=config.dropout, targets=config.targets, rows=self.prepared.rows,
+            adapter_layers=learning_layers(config, self.prepared.model),
+            freeze_layers=config.freeze_layers, virtual_tokens=config.learned_tokens,
         )  # fmt: skip
 
     def _load_checkpoint(self) -> None:
-        newest, skipped = self.store.newest()
+        newest, skipped = self.group.first(self.store.newest)
         for name, fault in skipped:
             console.warn(t("checkpoint {name} is skipped: {fault}", name=name, fault=fault))
         length = 0
         if newest is not None:
             require_same(newest.state["fingerprint"], self.prepared.fingerprint)
-            self._load_weights(newest.tensors("weights"))
-            load_optimizer_tensors(self.optimizer, self.parameters, newest.tensors("optimizer"))
-            set_rng_tensors(newest.tensors("rng"), self.device)
+            self._load_weights(newest)
+            moments = newest.tensors("optimizer", self._rows_here)
+            load_optimizer_tensors(self.optimizer, self.parameters, moments)
+            self._load_rng(newest)
             self.precision.scaler.load_state_dict(newest.state["scaler"])
             self.progress = Progress(**newest.state["progress"])
             length = newest.state["log_bytes"]
             console.say(t("going on after step {step}", step=self.progress.step))
-        self.log = MetricsLog(self.prepared.run / "metrics.jsonl", length)
+        log = self.prepared.run / "metrics.jsonl"
+        self.log = MetricsLog(log if self.group.rank == 0 else None, length)
+
+    def _rows_here(self, entry: str) -> tuple[int, int] | None:
+        """Which rows of a checkpoint's tensor (`name` or `name|moment`) this process holds."""
+        parameter = self.parameters[entry.partition("|")[0]]
+        return own_rows(parameter, self.group) if is_slice(parameter) else None
 
     @torch.no_grad()
-    def _load_weights(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _load_weights(self, checkpoint: Checkpoint) -> None:
+        tensors = checkpoint.tensors("weights", self._rows_here)
         for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
+            own(parameter).copy_(tensors[name])
+
+    def _load_rng(self, checkpoint: Checkpoint) -> None:
+        """Go on with this process's random numbers, or begin new ones if it was not there."""
+        rank = self.group.rank
+        states = checkpoint.tensors(f"rng{rank}" if rank else "rng")
+        if states:
+            set_rng_tensors(states, self.device)
+        else:
+            set_seed(self.config.seed + checkpoint.step * self.group.size + rank,
+                     self.config.deterministic)  # fmt: skip
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -180,26 +215,29 @@ class Session:
         eval_every = config.eval_every or self.steps_per_epoch
         self._probe()
         console.heading(t("Training"))
-        trackers = Trackers(config.track, self.prepared.run, config.model_dump(mode="json"))
+        speaks = config.track if self.group.rank == 0 else ()
+        trackers = Trackers(speaks, self.prepared.run, config.model_dump(mode="json"))
         bar = ProgressBar(total, self.progress.step, self.progress.seconds)
 
         def report(one: StepReport) -> None:
-            self.log.write(one)
-            bar.show(one)
-            trackers.show(one)
+            if self.group.rank == 0:
+                self.log.write(one)
+                bar.show(one)
+                trackers.show(one)
 
         trainer = Trainer(
-            model=self.model, parameters=self.parameters, batches=self.batches,
+            model=self.measure, parameters=self.parameters, batches=self.batches,
             optimizer=self.optimizer,
             schedule=Schedule(config.scheduler, config.peak_learning_rate,
                               warmup_steps(config.warmup, total), total),
-            precision=self.precision, progress=self.progress, device=self.device, clip=config.clip,
+            precision=self.precision, progress=self.progress, device=self.device, group=self.group,
+            clip=config.clip,
             evaluate=self.evaluate, save=self.save, report=report,
             stop_requested=lambda: self.stop.requested is not None, eval_every=eval_every,
             save_every=config.save_every or eval_every, early_stop=config.early_stop,
         )  # fmt: skip
         try:
-            with self.stop, bar:
+            with self.stop, bar, self.group.in_step():
                 return trainer.run()
         finally:
             trackers.close()
@@ -215,9 +253,9 @@ class Session:
         state = rng_tensors(self.device)
         try:
             batch = self.batches.longest().to(self.device)
-            self.model.train()
+            self.measure.train()
             with self.precision.context():
-                loss = fast.loss_sum(self.model, batch) / max(1, batch.supervised)
+                loss = self.measure(batch) / max(1, batch.supervised)
             loss.backward()  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError as error:
             work = work_of(self.prepared, self.decisions)
@@ -241,10 +279,13 @@ class Session:
             return None
         capacity = max(self.prepared.max_length, 2048)
         with self.precision.context():
-            result = evaluate_loss(
-                self.model, in_order(validation, capacity, share=True), self.device
+            part = evaluate_loss(
+                self.measure,
+                in_order(validation, capacity, self.group.rank, self.group.size, share=True),
+                self.device,
             )
-        return result.loss
+        nats, tokens = self.group.sums(part.nats, part.tokens)
+        return LossResult(nats, int(tokens)).loss
 
     def save(self) -> None:
         """Write a checkpoint of all that determines the next step."""
@@ -260,8 +301,9 @@ class Session:
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
             "weights": dict(self.parameters),
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
-            "rng": rng_tensors(self.device),
         }
+        for rank, states in enumerate(self.group.gather(rng_tensors(self.device))):
+            tensors[f"rng{rank}" if rank else "rng"] = states
         self.store.save(state, tensors)
 
     # -- after -----------------------------------------------------------------------------------
@@ -271,25 +313,33 @@ class Session:
         best = self.progress.best_step
         if best is None or best == self.progress.step:
             return self.progress.step
-        checkpoint = self.store.at(best)
+        checkpoint = self.group.first(lambda: self.store.at(best))
         if checkpoint is None:
             console.warn(t("the best checkpoint (step {step}) is damaged; the last one is used",
                            step=best))  # fmt: skip
             return self.progress.step
-        self._load_weights(checkpoint.tensors("weights"))
+        self._load_weights(checkpoint)
         return best
 
-    def write_output(self, folder: Path) -> None:
-        """Write the adapter, or the whole model, into `folder`."""
+    def output_writer(self) -> Callable[[Path], None]:
+        """What writes the adapter, or the whole model, into a folder.
+
+        All processes ask for it, since the weights are gathered here; the first one calls it.
+        """
         facts = self.prepared.facts()
         if self.output_name == "adapter":
-            adapters.save_adapter(self.model, folder, facts)
-            return
-        from chatfine.tokenizer.files import copy_tokenizer
-
+            return lambda folder: adapters.save_adapter(self.model, folder, facts)
         stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = stored.get(self.prepared.model.dtype, torch.float32)
-        adapters.save_model(self.model, folder, facts, dtype)
-        custom = self.config.template != "model"
-        template = self.prepared.tokenizer.template if custom else None
-        copy_tokenizer(self.prepared.model.path, folder, template)
+        reshard(self.measure)
+        state = adapters.model_state(self.model, dtype, whole)
+
+        def write(folder: Path) -> None:
+            from chatfine.tokenizer.files import copy_tokenizer
+
+            adapters.save_model(self.model, folder, facts, state)
+            custom = self.config.template != "model"
+            template = self.prepared.tokenizer.template if custom else None
+            copy_tokenizer(self.prepared.model.path, folder, template)
+
+        return write

@@ -122,10 +122,15 @@ def test_weighted_epochs_walk_without_gaps() -> None:
     assert seen == 5 * per_epoch, "epochs end at step bounds"
 
 
-def test_fewer_units_than_ranks_leave_a_rank_without_work() -> None:
+def test_a_rank_without_units_still_runs_the_model_as_often() -> None:
     parts = [examples(3)]
     shares = [Batches(parts, rows=2, rank=rank, world=4).step(0) for rank in range(4)]
-    assert [len(share) for share in shares] == [1, 1, 1, 0]
+    assert [len(share) for share in shares] == [1, 1, 1, 1]
+    assert [share[0].supervised > 0 for share in shares] == [True, True, True, False]
+    idle = shares[3][0]
+    assert len(idle.ids) > 0
+    assert idle.index == ()
+    assert (idle.labels == IGNORE_INDEX).all()
 
 
 def test_labels_bounds_and_positions_against_a_plain_loop() -> None:
@@ -200,6 +205,7 @@ def test_in_order_shows_each_example_once(world: int) -> None:
     parts = examples(50, longest=90)
     found = [batch for rank in range(world) for batch in in_order(parts, 64, rank, world)]
     assert learned(found) == list(range(50))
-    assert all(batch.tokens <= 64 or len(batch.index) == 1 for batch in found)
+    assert all(batch.tokens <= 64 or len(batch.index) <= 1 for batch in found)
+    assert len(found) % world == 0, "all ranks run the model equally often"
     if world == 1:
         assert [n for batch in found for n in batch.index] == list(range(50))

@@ -203,7 +203,7 @@ def test_what_is_no_data_file(tmp_path: Path) -> None:
     error = refusal(str(tmp_path / "b.jsonlx"))
     assert (error.code, "b.jsonl?" in error.fix[0]) == ("no-dataset", True)
     assert "dialogs" in refusal("dialog").fix[0]
-    assert refusal("some.py:function").code == "data-function"
+    assert refusal("some.py:function").code == "data-no-function-file"
     assert refusal("nobody/nothing-of-that-name").code == "data-offline"
 
 

@@ -13,8 +13,7 @@ from merge_parts import PROMPTS, Make, load, logits
 from safetensors.torch import load_file, save_file
 
 from chatfine.errors import ModelError, OutputError, ProofError
-from chatfine.export import merge as merge_module
-from chatfine.export import merge_weights
+from chatfine.export import merge_logits, merge_weights
 from chatfine.export.merge import merge
 
 
@@ -61,7 +60,8 @@ def test_equals_pefts_own_merge(
     assert result.rounding_gap == 0
     assert result.top1_agreement == 1
     assert result.dtype == "float32"
-    assert result.positions == sum(map(len, PROMPTS))
+    rows = KINDS[kind].get("trainable_token_indices", [])  # read as a prompt of their own
+    assert result.positions == sum(map(len, PROMPTS)) + len(rows)
     touches_ends = kind in ("head and embedding", "embedding alone", "saved whole")
     assert result.untied == (ties == "tied" and touches_ends)
 
@@ -220,7 +220,7 @@ def test_a_failed_proof_leaves_nothing(
         return weight + 1.02 * (original(weight, change, tensors) - weight)
 
     monkeypatch.setattr(merge_weights, "changed", wrong)
-    monkeypatch.setattr(merge_module, "changed", wrong)
+    monkeypatch.setattr(merge_logits, "changed", wrong)
     adapter = make_adapter(tiny)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ProofError, match=r"logits differ by .*, allowed are 0\.001") as error:
@@ -260,7 +260,7 @@ def test_an_interrupted_merge_leaves_all_as_it_was(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge_module, "load_adapter", interrupt)
+    monkeypatch.setattr(merge_logits, "load_adapter", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge(tiny, adapter, tmp_path / "out", None, PROMPTS, overwrite=overwrite)
     assert sorted(path for path in tmp_path.rglob("*")) == before

@@ -14,8 +14,8 @@ from fake_hub import CONFIG, REPO, REVISION, FakeHub, write_folder
 
 from chatfine.errors import ChatfineError, ModelError, OutputError, ResourceError
 from chatfine.hub import catalog, fetch, listing
-from chatfine.hub import download as hub
 from chatfine.hub.download import download, find_model
+from chatfine.hub.stage import lock
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -151,6 +151,9 @@ def test_the_hubs_refusals(
 ) -> None:
     if of_file:
         fake_hub.file_status["model.safetensors"] = [status] * 9
+        if status == 404:  # the model is there, its file is not
+            code, remedy = "hub-no-file", "another --source"
+            words = "lists model.safetensors but does not have it (404)"
     else:
         fake_hub.status = status
     before = tree(tmp_path)
@@ -379,7 +382,7 @@ def test_local_copies_come_first(fake_hub: FakeHub, tmp_path: Path, folder: Path
 def test_two_processes_do_not_meet(fake_hub: FakeHub, tmp_path: Path) -> None:
     """The second waits for the first, then finds its work done."""
     said: list[str] = []
-    with hub._lock(tmp_path / "out", said.append):
+    with lock(tmp_path / "out", said.append):
         late = threading.Thread(target=download, args=(REPO, "hf", tmp_path / "out", said.append))
         late.start()
         late.join(0.3)

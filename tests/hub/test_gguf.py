@@ -15,7 +15,7 @@ import torch
 from fake_hub import FakeHub
 
 from chatfine.errors import ChatfineError, ModelError, ResourceError
-from chatfine.hub import catalog, convert, package
+from chatfine.hub import catalog, convert, package, shards
 from chatfine.hub.catalog import Entry, PackageSource
 from chatfine.hub.convert import gguf_to_folder, to_bf16, undo_rotary_order
 from chatfine.hub.download import download
@@ -153,7 +153,7 @@ def test_large_models_are_written_in_shards(
 ) -> None:
     file = write_gguf(tiny, tmp_path / "tiny.gguf")
     gguf_to_folder(file, tmp_path / "one")
-    monkeypatch.setattr(convert, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
     gguf_to_folder(file, tmp_path / "many")
     assert len(read_model_folder(tmp_path / "many").shards) > 2
     one, many = load(tmp_path / "one").state_dict(), load(tmp_path / "many").state_dict()

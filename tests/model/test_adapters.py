@@ -210,13 +210,13 @@ def damage_pickle(folder: Path) -> None:
 
 
 def damage_kind(folder: Path) -> None:
-    """A prefix in the place of a LoRA: PEFT takes it, our loss would not see it."""
-    from peft import PrefixTuningConfig, get_peft_model
+    """Learned input in the place of a LoRA: PEFT takes it, our loss would not see it."""
+    from peft import PromptTuningConfig, get_peft_model
 
     base = transformers.LlamaForCausalLM(
         transformers.LlamaConfig.from_pretrained(folder.parent / "model")
     )
-    config = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(folder)
 
 
@@ -260,7 +260,7 @@ def test_a_whole_model_is_an_ordinary_folder_in_the_wanted_format(
     tiny: Path, tmp_path: Path
 ) -> None:
     model = adapted(tiny, method="full", dtype=torch.bfloat16)
-    adapters.save_model(model, tmp_path, FACTS, torch.bfloat16)
+    adapters.save_model(model, tmp_path, FACTS, adapters.model_state(model, torch.bfloat16))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert again.dtype == torch.bfloat16
     assert model.dtype == torch.float32
@@ -274,7 +274,7 @@ def test_a_whole_model_is_an_ordinary_folder_in_the_wanted_format(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tied_embedding_is_stored_once(tied: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     model = adapted(tied, method="full")
-    adapters.save_model(model, tmp_path / "out", FACTS, dtype)
+    adapters.save_model(model, tmp_path / "out", FACTS, adapters.model_state(model, dtype))
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert "model.embed_tokens.weight" in stored
     assert "lm_head.weight" not in stored

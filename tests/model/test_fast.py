@@ -13,7 +13,7 @@ import transformers
 from chatfine.data.batches import collate
 from chatfine.errors import ModelError
 from chatfine.evaluate.loss import evaluate_loss
-from chatfine.model import documents, fast
+from chatfine.model import cross_entropy, documents, fast
 from chatfine.types import Batch, Example
 
 VOCAB = 96
@@ -271,7 +271,7 @@ def test_a_model_that_mixes_documents_is_refused(why: str, model: Any) -> None:
 def test_fused_loss_is_cross_entropy(
     chunk_rows: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast, "HEAD_CHUNK_BYTES", chunk_rows * 4 * VOCAB)
+    monkeypatch.setattr(cross_entropy, "HEAD_CHUNK_BYTES", chunk_rows * 4 * VOCAB)
     torch.manual_seed(0)
     hidden = torch.randn(count, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(VOCAB, 16, dtype=torch.float64, requires_grad=True)

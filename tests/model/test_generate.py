@@ -10,7 +10,8 @@ import torch
 
 from chatfine.errors import UsageError
 from chatfine.model import generate as generate_module
-from chatfine.model.generate import Sampling, _pick, generate
+from chatfine.model.generate import Sampling, generate
+from chatfine.model.sampling import pick
 
 PROMPTS = [[1, 40, 41, 42, 43, 44], [1, 50], [1, *range(60, 90)], [1, 99, 12, 13]]
 
@@ -151,27 +152,59 @@ def test_repetition_penalty_equals_transformers(model: torch.nn.Module) -> None:
     assert ours[0] == full[0, len(PROMPTS[0]) :].tolist()
 
 
-FILTERS = [(0, 1.0), (20, 1.0), (0, 0.6), (20, 0.6), (0, 0.9999)]
+FILTERS = [
+    {}, {"top_k": 20}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.6}, {"top_p": 0.9999},
+    {"min_p": 0.1}, {"typical_p": 0.7}, {"typical_p": 0.2, "top_k": 30},
+    {"top_k": 50, "top_p": 0.8, "min_p": 0.05, "typical_p": 0.9},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
-def test_draws_follow_the_filtered_distribution(top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_draws_follow_the_filtered_distribution(filters: dict[str, float]) -> None:
     """10,000 stratified draws against the probabilities that transformers' warpers leave."""
-    from transformers import TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        MinPLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        TypicalLogitsWarper,
+    )
 
     torch.manual_seed(3)
     logits = torch.randn(1, 600) * 2
     wanted = logits / 1.5
-    if top_k:
-        wanted = TopKLogitsWarper(top_k)(None, wanted)
-    if top_p < 1:
-        wanted = TopPLogitsWarper(top_p)(None, wanted)
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper,
+               "typical_p": TypicalLogitsWarper}  # fmt: skip
+    for name, warper in warpers.items():
+        if name in filters:
+            wanted = warper(filters[name])(None, wanted)
     draws = (torch.arange(10_000) + 0.5) / 10_000
-    chosen = _pick(
-        logits.expand(10_000, -1), Sampling(1, temperature=1.5, top_k=top_k, top_p=top_p), draws
-    )
+    chosen = pick(logits.expand(10_000, -1), Sampling(1, temperature=1.5, **filters), draws)
     shares = torch.bincount(chosen, minlength=600) / 10_000
     assert (shares - wanted.softmax(-1)[0]).abs().max() < 3e-4
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_no_ngram_is_said_twice_as_in_transformers(model: torch.nn.Module, size: int) -> None:
+    prompt = [1, 7, 8, 9, 7, 8]
+    ours = generate(model, [prompt, [1, 2]], [], Sampling(24, no_repeat_ngram_size=size))
+    with torch.inference_mode():
+        full = model.generate(
+            input_ids=torch.tensor([prompt]), do_sample=False, max_new_tokens=24,
+            no_repeat_ngram_size=size, eos_token_id=399, pad_token_id=0,
+        )  # fmt: skip
+    assert ours[0] == full[0, len(prompt) :].tolist()
+    said = [*prompt, *ours[0]]
+    new = [tuple(said[i : i + size]) for i in range(len(prompt) - size + 1, len(said) - size + 1)]
+    assert len(set(new)) == len(new)
+
+
+def test_an_answer_does_not_end_before_its_shortest_length(model: torch.nn.Module) -> None:
+    free = generate(model, PROMPTS, [], Sampling(8))
+    stop = free[0][0]
+    assert generate(model, PROMPTS, [stop], Sampling(8))[0] == []
+    for answer in generate(model, PROMPTS, [stop], Sampling(8, min_new_tokens=5)):
+        assert len(answer) >= 5
+        assert stop not in answer
 
 
 def test_answers_end_where_the_models_positions_end(model: torch.nn.Module) -> None:

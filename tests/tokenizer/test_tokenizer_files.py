@@ -118,8 +118,8 @@ def test_folder_of_the_real_model(smollm2: Path) -> None:
 
 
 def test_gguf_of_another_kind_is_refused(tmp_path: Path) -> None:
-    make_gguf(tmp_path / "other.gguf", "llama-bpe")
-    with pytest.raises(TokenizerError, match="gpt2 / llama-bpe"):
+    make_gguf(tmp_path / "other.gguf", "qwen2")
+    with pytest.raises(TokenizerError, match="gpt2 / qwen2"):
         write_from_gguf(tmp_path / "other.gguf", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
@@ -254,3 +254,35 @@ def test_end_tokens_are_made_to_agree(styles: dict[str, Path], tmp_path: Path) -
     assert again.eos_id == end
     assert again.stop_ids == {end, old}
     assert agree_on_end(folder, again) == []
+
+
+def test_gguf_of_a_sentencepiece_model(tmp_path: Path, shared: Path) -> None:
+    """The GGUF of a Llama 2 holds pieces, scores and types: the same tokenizer comes out."""
+    import gguf
+    from sentencepiece import sentencepiece_model_pb2
+
+    original = shared / "tokenizers/llama2/tokenizer.model"
+    if not original.is_file():
+        pytest.skip("the real Llama 2 tokenizer is not here")
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(original.read_bytes())
+    del model.pieces[3000:]
+    writer = gguf.GGUFWriter(tmp_path / "llama.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([piece.piece for piece in model.pieces])
+    writer.add_token_scores([piece.score for piece in model.pieces])
+    writer.add_token_types([piece.type for piece in model.pieces])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    write_from_gguf(tmp_path / "llama.gguf", tmp_path / "from-gguf")
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original/tokenizer.model").write_bytes(model.SerializeToString())
+    found, wanted = read_files(tmp_path / "from-gguf"), read_files(tmp_path / "original")
+    assert found.spec == wanted.spec
+    assert found.special_tokens == wanted.special_tokens
+    assert "[INST]" in ChatTokenizer.load(tmp_path / "from-gguf").template

@@ -16,7 +16,7 @@ from chatfine.data.examples import Examples
 from chatfine.errors import Stopped
 from chatfine.model import adapters, fast
 from chatfine.model.load import load_model
-from chatfine.train import loop
+from chatfine.train.distributed import Group
 from chatfine.train.loop import Precision, Progress, Trainer
 from chatfine.train.optim import Schedule, make_optimizer
 from chatfine.types import StepReport
@@ -43,6 +43,9 @@ def model_for(path: Path, method: str = "lora", dtype: torch.dtype = torch.float
     return model
 
 
+LOSS_SUM = fast.loss_sum
+
+
 class Recorder(torch.optim.SGD):
     """Keeps the gradients it is given instead of using them."""
 
@@ -53,11 +56,12 @@ class Recorder(torch.optim.SGD):
 def trainer_for(model: Any, batches: Any, **changes: Any) -> Trainer:
     parameters = adapters.trained_parameters(model)
     values: dict[str, Any] = {
-        "model": model, "parameters": parameters, "batches": batches,
+        "model": fast.LossModel(model), "parameters": parameters, "batches": batches,
         "optimizer": make_optimizer(parameters, 0.0, CPU),
         "schedule": Schedule("constant", 1e-2, 0, 5),
         "precision": Precision(CPU, torch.float32, autocast=False), "progress": Progress(),
-        "device": CPU, "clip": 0.0, "evaluate": lambda: None, "save": lambda: None,
+        "device": CPU, "group": Group(), "clip": 0.0,
+        "evaluate": lambda: None, "save": lambda: None,
         "report": lambda report: None, "stop_requested": lambda: False, "eval_every": 1000,
         "save_every": 1000,
     }  # fmt: skip
@@ -224,7 +228,7 @@ def test_a_loss_that_breaks_later_stops_that_step(
 ) -> None:
     trainer = trainer_for(model_for(tiny), Batches([examples()], rows=8))
     trainer.step()
-    monkeypatch.setattr(loop, "loss_sum", lambda m, b: fast.loss_sum(m, b) * math.inf)
+    monkeypatch.setattr(fast, "loss_sum", lambda m, b: LOSS_SUM(m, b) * math.inf)
     assert_not_finite(trainer, "the loss of step 2 is inf")
 
 
@@ -240,7 +244,7 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_too(
         def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
             return grad * math.inf
 
-    monkeypatch.setattr(loop, "loss_sum", lambda m, b: Break.apply(fast.loss_sum(m, b)))
+    monkeypatch.setattr(fast, "loss_sum", lambda m, b: Break.apply(LOSS_SUM(m, b)))
     trainer = trainer_for(model_for(tiny), Batches([examples()], rows=8))
     assert_not_finite(trainer, "the gradient of step 1 is")
 
@@ -261,7 +265,7 @@ def test_a_stop_in_the_middle_of_a_step_leaves_no_trace(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The micro-batches before it have drawn random numbers, as dropout does."""
-    monkeypatch.setattr(loop, "loss_sum", lambda m, b: fast.loss_sum(m, b) + torch.rand(()))
+    monkeypatch.setattr(fast, "loss_sum", lambda m, b: LOSS_SUM(m, b) + torch.rand(()))
     asked = iter([False, False, True])
     trainer = trainer_for(
         model_for(tiny), Batches([examples()], rows=2, accumulate=4),

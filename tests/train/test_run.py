@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 from chatfine.config import TrainConfig
 from chatfine.errors import OutputError, ResourceError, UsageError
-from chatfine.model import adapters
-from chatfine.train import loop
+from chatfine.model import adapters, fast
 from chatfine.train.run import lock, train
 from chatfine.train.session import Session
 
@@ -245,14 +244,14 @@ def test_a_broken_loss_ends_the_run_with_75_and_the_last_weights(
     from chatfine.errors import Stopped
 
     calls = 0
-    original = loop.loss_sum
+    original = fast.loss_sum
 
     def breaks(model: Any, batch: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
         return original(model, batch) * (math.nan if calls == 3 else 1)
 
-    monkeypatch.setattr(loop, "loss_sum", breaks)
+    monkeypatch.setattr(fast, "loss_sum", breaks)
     config = configure(max_steps=4, save_every=1)
     with pytest.raises(Stopped) as caught:
         train(config)

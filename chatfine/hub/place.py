@@ -49,7 +49,8 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
 
 def put_in_place(staged: Path, output: Path) -> None:
     """One rename; what was there goes away only when the new folder is complete."""
-    usual = (staged / "config.json").stat().st_mode
+    plain = next(staged.glob("config.json"), None) or staged / "params.json"
+    usual = plain.stat().st_mode
     for file in staged.iterdir():
         file.chmod(usual)  # safetensors makes files that only their owner can read
         with file.open("rb") as stream:

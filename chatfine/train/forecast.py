@@ -1,0 +1,88 @@
+"""What a run will take, told before it starts: memory, disk, time, and what auto came to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from chatfine import console
+from chatfine.i18n import t
+from chatfine.train import plan as planning
+from chatfine.train.decisions import Decisions, work_of
+from chatfine.train.prepare import Prepared, check_disk
+
+
+def predict(
+    prepared: Prepared, decisions: Decisions, shapes: planning.Shapes, device: torch.device,
+    steps: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The plan as plain data."""
+    work = work_of(prepared, decisions)
+    plan = planning.make_plan(shapes, work)
+    rate = planning.measured_flops(device, decisions.torch_dtype, shapes) * decisions.processes
+    return {
+        "device": str(device),
+        "dtype": decisions.dtype,
+        "quantize": prepared.config.quantize,
+        "batch_size": decisions.rows,
+        "accumulate": decisions.accumulate,
+        "packing": decisions.packing,
+        "checkpointing": decisions.checkpointing,
+        "processes": decisions.processes,
+        "sharding": decisions.sharding,
+        "steps": steps,
+        "tokens": work.tokens,
+        "trained_parameters": plan.trained_parameters,
+        "parameters": shapes.parameters,
+        "memory_bytes": round(plan.memory_bytes),
+        "free_memory_bytes": round(planning.free_memory_bytes(device, prepared.config.gpu_memory)),
+        "disk_bytes": round(plan.disk_bytes),
+        "seconds": plan.flop / (rate * planning.EFFICIENCY[device.type]),
+    }
+
+
+def show(
+    prepared: Prepared, decisions: Decisions, shapes: planning.Shapes, device: torch.device,
+    steps: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Print the plan, refuse a disk that is too small, and return the prediction.
+
+    Raises:
+        ResourceError: the disk.
+    """
+    plan = predict(prepared, decisions, shapes, device, steps)
+    console.heading(t("Plan"))
+    rows = [
+        [t("device"), f"{plan['device']}, {plan['dtype']}"],
+        *_storage(plan["quantize"]),
+        *_processes(decisions),
+        [t("learns"), t("{n:,} of {m:,} parameters ({method})", n=plan["trained_parameters"],
+                        m=plan["parameters"], method=prepared.method)],
+        [t("steps"), t("{steps} of {rows} × {accumulate} examples, {tokens:,} tokens in all",
+                       steps=plan["steps"], rows=plan["batch_size"],
+                       accumulate=plan["accumulate"], tokens=plan["tokens"])],
+        [t("memory"), t("{need} of {free} that can be used",
+                        need=console.size(plan["memory_bytes"]),
+                        free=console.size(plan["free_memory_bytes"]))],
+        [t("disk"), console.size(plan["disk_bytes"])],
+        [t("time"), t("about {time}", time=console.duration(plan["seconds"]))],
+    ]  # fmt: skip
+    console.table([t("what"), t("prediction")], rows)
+    check_disk(prepared.run, plan["disk_bytes"])
+    return plan
+
+
+def _storage(quantize: str) -> list[list[str]]:
+    return [] if quantize == "none" else [[t("frozen weights"), quantize]]
+
+
+def _processes(decisions: Decisions) -> list[list[str]]:
+    if decisions.processes == 1:
+        return []
+    kinds = {
+        "none": t("each holds the whole model"),
+        "full": t("each holds a share of every weight"),
+        "gradients": t("each holds a share of every weight between steps"),
+    }
+    return [[t("processes"), f"{decisions.processes}, {kinds[decisions.sharding]}"]]

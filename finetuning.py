@@ -1,0 +1,11 @@
+"""The tutorial's finetuning.py: fine-tune a model. All flags: `python finetuning.py --help`."""
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036  # Python 3.6 reads this file far enough to say so
+    sys.exit("chatfine 需要 Python 3.10 或更新的版本 / chatfine needs Python 3.10 or newer")
+
+from chatfine.tutorial import finetuning
+
+if __name__ == "__main__":
+    sys.exit(finetuning())

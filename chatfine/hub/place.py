@@ -10,13 +10,17 @@ from pathlib import Path
 from chatfine.errors import OutputError
 from chatfine.i18n import t
 
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges.txt", "added_tokens", "special_tokens_map",
+                    "chat_template", "new_pieces")  # fmt: skip
+
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse a place that is taken; `overwrite` allows to replace a model folder, nothing else.
+    """Refuse a place that is taken; `overwrite` allows to replace a model folder or a folder of
+    tokenizer files, nothing else.
 
     Args:
         output: the folder to write.
-        overwrite: whether a model folder there may go.
+        overwrite: whether such a folder there may go.
         inputs: folders that are read and so must stay.
 
     Raises:
@@ -35,7 +39,8 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
         return
     if not output.exists():
         return
-    replaceable = (output / "config.json").is_file() and not (output / "config.yaml").is_file()
+    is_model = (output / "config.json").is_file() and not (output / "config.yaml").is_file()
+    replaceable = is_model or _is_tokenizer(output)
     if overwrite and replaceable:
         return
     raise OutputError(
@@ -47,10 +52,17 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
     )
 
 
+def _is_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds tokenizer files and nothing else."""
+    return all(
+        item.is_file() and item.name.startswith(_TOKENIZER_FILES) for item in folder.iterdir()
+    )
+
+
 def put_in_place(staged: Path, output: Path) -> None:
     """One rename; what was there goes away only when the new folder is complete."""
-    plain = next(staged.glob("config.json"), None) or staged / "params.json"
-    usual = plain.stat().st_mode
+    plain = (staged / name for name in ("config.json", "params.json", "tokenizer_config.json"))
+    usual = next(file for file in plain if file.is_file()).stat().st_mode
     for file in staged.iterdir():
         file.chmod(usual)  # safetensors makes files that only their owner can read
         with file.open("rb") as stream:

@@ -18,6 +18,7 @@ write float32 copies of the weight where one pass does (tests hold both to be eq
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,9 +66,9 @@ class Int8(Storage):
 
     def pack(self, weight: torch.Tensor) -> Packed:
         """Codes (out, in) int8, scales (out, 4) bytes: the largest magnitude of each row."""
-        wide = weight.float()
-        largest = wide.abs().amax(1, keepdim=True)
-        codes = torch.round(wide * (127 / largest.clamp(min=1e-30))).to(torch.int8)
+        wide = weight.to(torch.float32, copy=True)  # the one copy: all else is done in place
+        largest = torch.linalg.vector_norm(wide, math.inf, 1, keepdim=True)
+        codes = wide.mul_(127 / largest.clamp(min=1e-30)).round_().to(torch.int8)
         return codes, largest.view(torch.uint8)
 
     def unpack(self, packed: Packed, in_features: int, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,7 +31,8 @@ _MAX_SHAPES = 4096
 class Span:
     """Characters `begin:end` of the sealed text that came from message `index`.
 
-    For an answer the end lies after the token that ends the turn, if the template writes one.
+    For an answer the spaces that the template puts before it, but not into the prompt for it, count
+    too. Its end lies after the token that ends the turn, if the template writes one.
     """
 
     index: int
@@ -64,6 +65,9 @@ class _Skeleton:
     order: tuple[int, ...]
     closing: tuple[int, ...]
     """characters of each sealed literal up to the end of the end-of-turn token it opens with"""
+    leading: tuple[int, ...]
+    """spaces that each literal ends with beyond the prompt for the answer after it, as in Llama-2's
+    `[/INST] answer`: chat leaves them to the model, so they belong to the answer"""
 
 
 class Composer:
@@ -185,12 +189,27 @@ class Composer:
         literals = tuple(parts[0::2])
         sealed = tuple(self._sealed.seal(literal) for literal in literals)
         ends = (self._stop_sealed.match(literal) for literal in sealed)
+        leading = [0] * len(literals)
+        for place, index in enumerate(order):
+            if roles[index] == "assistant":
+                leading[place] = self._leading(messages[:index], literals[place])
         return _Skeleton(
             literals=literals,
             sealed=sealed,
             order=tuple(order),
             closing=tuple(match.end() if match else 0 for match in ends),
+            leading=tuple(leading),
         )
+
+    def _leading(self, before: Sequence[Mapping[str, str]], literal: str) -> int:
+        """Spaces at the end of `literal` that the prompt after the messages `before` lacks."""
+        try:
+            prompt = self._template.render(list(before), True)
+        except TokenizerError:
+            return 0
+        opening = self._placeholder.split(prompt)[-1]
+        rest = literal.removeprefix(opening)
+        return len(rest) if opening and rest != literal and not rest.strip() else 0
 
     def _join(self, skeleton: _Skeleton, roles: Sequence[str], contents: Sequence[str]) -> Composed:
         """Sealed literals with contents between them."""
@@ -200,8 +219,8 @@ class Composer:
         for place, (index, content) in enumerate(zip(skeleton.order, contents, strict=True), 1):
             if roles[index] == "assistant":
                 content = self._seal_soft(content)
-            closing = skeleton.closing[place]
-            spans.append(Span(index, length, length + len(content) + closing, closing > 0))
+            closing, lead = skeleton.closing[place], skeleton.leading[place - 1]
+            spans.append(Span(index, length - lead, length + len(content) + closing, closing > 0))
             pieces += (content, skeleton.sealed[place])
             length += len(content) + len(skeleton.sealed[place])
         return Composed("".join(pieces), tuple(spans))

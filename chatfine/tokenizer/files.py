@@ -27,6 +27,7 @@ _FILES = (
     "vocab.json",
     "merges.txt",
     "vocabulary.json",  # what is new in a grown one: hub.vocabulary
+    "new_pieces.json",
 )
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 

@@ -97,6 +97,11 @@ class Learned:
                 break
         return self._growth(kept, steps)
 
+    def needed(self, growth: Growth) -> set[str]:
+        """Spellings that a piece of `growth` is made of."""
+        nodes = (self._nodes.get(piece.spelling) for piece in growth.pieces)
+        return {part for node in nodes if node for pair in node.merges[:1] for part in pair}
+
     def _lacks(self, part: str, kept: dict[str, _Node]) -> bool:
         return part not in self._base.vocab and part not in kept
 

@@ -55,14 +55,13 @@ LLAMA3 = (
 PLAIN = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'].strip() + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'User: ' + message['content'].strip() + '\\n' }}"
-    "{% elif message['role'] == 'assistant' %}"
-    "{{ 'Assistant: ' + message['content'].strip() + eos_token + '\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ message['content'].strip() + '\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'].strip() + eos_token }}"
     "{% else %}{{ raise_exception('the plain template knows system, user and assistant') }}"
     "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""`--template plain`: readable headers in plain text, for base models without a template."""
+"""`--template plain`: the texts alone, as the tutorial trains on them: the question, a line break,
+the answer, the end. For base models, and for comparing with the tutorial."""
 
 
 class _Generation(jinja2.ext.Extension):

@@ -10,7 +10,7 @@ import torch
 
 from chatfine import console
 from chatfine.data.batches import Batches, in_order
-from chatfine.errors import ModelError, ResourceError, UsageError
+from chatfine.errors import ModelError, ResourceError
 from chatfine.evaluate.loss import LossResult, evaluate_loss
 from chatfine.hub.folder import resolve_source
 from chatfine.i18n import t

@@ -256,7 +256,7 @@ def test_the_tutorials_own_text(here: Path, tiny: Path, shared: Path, name: str,
     begin = "<s>" if kind == "llama2" else ""
     for dialogue, example in zip(dialogues, examples, strict=True):
         question, answer = (text.strip() for text in asked(dialogue))
-        text = f"{begin}User: {question}\nAssistant: {answer}{theirs.eos_token}\n"
+        text = f"{begin}{question}\n{answer}{theirs.eos_token}"
         assert list(example.ids) == theirs(text, add_special_tokens=False)["input_ids"]
         assert all(example.mask)
 

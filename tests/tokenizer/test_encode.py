@@ -309,14 +309,28 @@ def test_folder_without_template(styles: dict[str, Path], tmp_path: Path) -> Non
     assert "--template" in str(refused.value)
     plain = ChatTokenizer.load(folder, "plain")
     example = plain.encode_dialogue(messages)
-    assert plain.decode(example.ids) == "User: hi\nAssistant: hello\n"
-    assert masked_runs(plain, example.ids, example.mask) == [(" hello", plain.eos_id)]
+    assert plain.decode(example.ids) == "hi\nhello"
+    assert masked_runs(plain, example.ids, example.mask) == [("hello", plain.eos_id)]
     (tmp_path / "own.jinja").write_text(CHATML)
     own = ChatTokenizer.load(folder, str(tmp_path / "own.jinja"))
     assert own.encode_dialogue(messages) == ChatTokenizer.load(styles["chatml"]).encode_dialogue(
         messages
     )
     assert own.digest == ChatTokenizer.load(styles["chatml"]).digest != plain.digest
+
+
+def test_what_chat_must_generate_is_learned(shared: Path) -> None:
+    """Llama-2 writes `[/INST] answer`: the prompt ends before the space, so the space is learned,
+    which before a Chinese answer is a token of its own."""
+    tokenizer = ChatTokenizer.load(shared / "tokenizers" / "llama2_hf")
+    question = [Message("user", "你好")]
+    prompt = list(tokenizer.encode_dialogue(question, prompt=True).ids)
+    for answer in ("习惯", "Hello"):
+        example = tokenizer.encode_dialogue([*question, Message("assistant", answer)])
+        assert list(example.ids[: len(prompt)]) == prompt
+        assert list(example.mask) == [False] * len(prompt) + [True] * (
+            len(example.ids) - len(prompt)
+        )
 
 
 @pytest.mark.parametrize("template", ["no/such/file", "{% broken"])

@@ -22,8 +22,8 @@ from chatfine import console
 from chatfine.data.batches import collate
 from chatfine.model import adapters, fast, learned_rows
 from chatfine.runtime import pick_device
+from chatfine.train.machine import peak_memory_bytes
 from chatfine.train.optim import make_optimizer
-from chatfine.train.plan import peak_memory_bytes
 from chatfine.types import Batch, Example
 
 FEW = 64

@@ -36,6 +36,8 @@ COMMANDS = {
                        "chatfine convert llama-2-7b-chat -o llama-2-7b-chat-hf"),
     "tokens": Command("TokensConfig", "chatfine.commands.tokens:tokens", ("text",),
                       'chatfine tokens "Hello, 你好" -m smollm2-135m-instruct'),
+    "expand-vocab": Command("ExpandConfig", "chatfine.commands.expand:expand", (),
+                            "chatfine expand-vocab -m llama-2-7b-chat --preset hanzi -o grown"),
     "data": Command("DataConfig", "chatfine.commands.check:data", ("action", "dataset"),
                     "chatfine data check my.jsonl -m smollm2-135m-instruct"),
     "plan": Command("PlanConfig", "chatfine.commands.plan:plan", (RECIPE,),

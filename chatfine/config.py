@@ -345,7 +345,7 @@ class ExpandConfig(Config):
 
     model: str = Field(json_schema_extra=_aliases("-m"))
     """model folder, catalog name, or a folder with only a tokenizer"""
-    output: str = Field(json_schema_extra=_aliases("-o"))
+    output: str = Field(default="", json_schema_extra=_aliases("-o"))
     """folder to write; must be new"""
     preset: Literal["none", "hanzi"] = "none"
     """hanzi: every Chinese character of the basic block, and Chinese punctuation"""
@@ -360,9 +360,14 @@ class ExpandConfig(Config):
     init_output: Literal["mean", "first", "random", "zero"] = "mean"
     """the same for the rows of the head, where it is not the embedding itself"""
     advise: bool = False
-    """only measure the corpus and say whether expanding pays"""
+    """only measure the corpus and say whether more pieces pay"""
     overwrite: bool = False
     """replace the output folder"""
+
+    @pydantic.field_validator("corpus", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class ModelsConfig(Config):
@@ -382,6 +387,8 @@ class TokensConfig(Config):
     """model folder, catalog name or hub name"""
     compare: str = ""
     """a second model, shown beside the first"""
+    explain: bool = False
+    """show what tokens are: the text cut in words, characters, subwords, BPE and byte-level BPE"""
     messages: str = ""
     """file with one dialogue (a list of messages): ids and mask under the chat template"""
     train_on: Literal["answers", "all", "last", "prompt"] = "answers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ def tokens(config: TokensConfig) -> dict[str, Any]:
     Returns:
         For a text: `model`, `tokens` (id, piece, bytes in hex), `characters`,
         `characters_per_token`, and the same of the other model under `compare`.
-        For a dialogue: `ids` and `mask`.
+        For a dialogue: `ids` and `mask`. With --explain: `ways`, and the model's own `tokens`.
 
     Raises:
         UsageError: neither or both of text and --messages.
@@ -40,10 +41,45 @@ def tokens(config: TokensConfig) -> dict[str, Any]:
         example = tokenizer.encode_dialogue(messages, train_on=config.train_on)
         _show_dialogue(tokenizer, example)
         return {"ids": list(example.ids), "mask": list(example.mask)}
+    if config.explain:
+        return _explain(config.text, config.model)
     names = [config.model, config.compare] if config.compare else [config.model]
     results = [_describe(name, _load(name), config.text) for name in names]
     _show_texts(results)
     return results[0] | ({"compare": results[1]} if config.compare else {})
+
+
+def _explain(text: str, model: str) -> dict[str, Any]:
+    """One screen: the text cut in five ways, and by the model's own tokenizer."""
+    from chatfine.data.sources import read_rows
+    from chatfine.tokenizer.explain import PIECES, five_ways
+
+    own = _describe(model, _load(model), text)
+    learned_from = [str(value) for row in read_rows("dialogs") for value in row.values.values()]
+    ways = five_ways(text, learned_from)
+    for way in ways:
+        console.say(
+            t("{way}: {count} tokens, vocabulary {size}", way=way.name, count=len(way.tokens),
+              size=f"{way.vocabulary:,}"), "bold",
+        )  # fmt: skip
+        console.say(f"  {_parted(way.tokens)}")
+        console.say(f"  {way.idea}", "dim")
+    console.say(t("the tokenizer of {model}: {count} tokens", model=model,
+                  count=len(own["tokens"])), "bold cyan")  # fmt: skip
+    console.say(f"  {_parted([_visible(entry) for entry in own['tokens']])}")
+    console.say(
+        t("the five learned from {n} short texts, the last three {size} pieces each; · is a space, "
+          "� an unknown character, two hexadecimal digits a byte", n=len(learned_from),
+          size=f"{PIECES:,}"), "dim",
+    )  # fmt: skip
+    named = [{"way": way.name, "tokens": list(way.tokens), "vocabulary": way.vocabulary}
+             for way in ways]  # fmt: skip
+    return {"ways": named, **own}
+
+
+def _parted(tokens: Sequence[str]) -> str:
+    """Tokens with bars between them, spaces and line ends shown."""
+    return " | ".join(map(_marked, tokens))
 
 
 def _load(name: str) -> ChatTokenizer:
@@ -142,6 +178,10 @@ def _visible(entry: dict[str, Any]) -> str:
         text = bytes.fromhex(entry["bytes"]).decode()
     except UnicodeDecodeError:
         return str(entry["piece"])
+    return _marked(text)
+
+
+def _marked(text: str) -> str:
     return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "→")
 
 

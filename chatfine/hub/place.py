@@ -10,8 +10,20 @@ from pathlib import Path
 from chatfine.errors import OutputError
 from chatfine.i18n import t
 
-_TOKENIZER_FILES = ("tokenizer", "vocab", "merges.txt", "added_tokens", "special_tokens_map",
-                    "chat_template", "new_pieces")  # fmt: skip
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocabulary.json",  # what is new in a grown one: hub.vocabulary
+    "new_pieces.json",  # the same for people
+)
+"""All that a tokenizer may consist of."""
 
 
 def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> None:
@@ -54,9 +66,7 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) -> 
 
 def _is_tokenizer(folder: Path) -> bool:
     """Whether a folder holds tokenizer files and nothing else."""
-    return all(
-        item.is_file() and item.name.startswith(_TOKENIZER_FILES) for item in folder.iterdir()
-    )
+    return all(item.is_file() and item.name in TOKENIZER_FILES for item in folder.iterdir())
 
 
 def put_in_place(staged: Path, output: Path) -> None:

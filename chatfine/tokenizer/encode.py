@@ -320,7 +320,7 @@ def _looks_like_llama2(files: TokenizerFiles) -> bool:
     kind = str(files.config.get("tokenizer_class", ""))
     named = files.special_tokens
     return (
-        kind in ("LlamaTokenizer", "LlamaTokenizerFast")
+        kind in ("LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast")
         and files.model_type in ("", "llama")
         and (named.get("bos_token"), named.get("eos_token")) == ("<s>", "</s>")
         and bool(files.spec["model"].get("byte_fallback"))

@@ -10,25 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatfine.errors import TokenizerError
+from chatfine.hub.place import TOKENIZER_FILES
 from chatfine.i18n import t
 
 if TYPE_CHECKING:
     from chatfine.tokenizer.encode import ChatTokenizer
 
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocabulary.json",  # what is new in a grown one: hub.vocabulary
-    "new_pieces.json",
-)
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
@@ -223,12 +211,12 @@ def copy_tokenizer(source: Path, target: Path, template: str | None = None) -> l
         The names of the files now in `target`.
     """
     target.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
+    for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if template:
         _write_template(target, template)
-    return [name for name in _FILES if (target / name).is_file()]
+    return [name for name in TOKENIZER_FILES if (target / name).is_file()]
 
 
 def agree_on_end(folder: Path, tokenizer: ChatTokenizer) -> list[str]:

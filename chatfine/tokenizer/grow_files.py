@@ -123,10 +123,10 @@ def write_grown(base: Growable, growth: Growth, folder: Path, form: str) -> None
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if (source / MODEL).is_file():
-        if form == "grown" and base.kind == "sentencepiece":
-            (folder / MODEL).write_bytes(_grown_model(base, growth))
-        else:
+        if form != "grown":
             shutil.copyfile(source / MODEL, folder / MODEL)
+        elif base.kind == "sentencepiece":  # Llama-3's file of that name would be the old one
+            (folder / MODEL).write_bytes(_grown_model(base, growth))
     _write_lists(base, growth, folder, form)
 
 

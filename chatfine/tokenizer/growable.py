@@ -57,6 +57,9 @@ class Growth:
 class Growable:
     """The tokenizer of a folder, ready to be measured and grown.
 
+    Raises:
+        TokenizerError: tokenizer-cannot-grow, tokenizer-grown-beside.
+
     Attributes:
         files: what the folder holds.
         kind: see the module.
@@ -71,6 +74,7 @@ class Growable:
         self.kind = kind_of(files)
         self.vocab: dict[str, int] = files.spec["model"]["vocab"]
         added = {entry["content"]: int(entry["id"]) for entry in files.spec["added_tokens"]}
+        _refuse_grown_beside(files)
         self._sealed = SealedTokenizer(files.spec, added)
         self._markup = any_of(added)
         self.first_new = 1 + max([*self.vocab.values(), *added.values()])
@@ -165,6 +169,24 @@ def kind_of(files: TokenizerFiles) -> Kind:
               "(Llama-2, Mistral) can write every text and be continued"),
         fix=t("use another model: {command}", command="chatfine models"),
     )  # fmt: skip
+
+
+def _refuse_grown_beside(files: TokenizerFiles) -> None:
+    """Refuse a tokenizer that has Chinese text as added tokens: the pieces would be there twice."""
+    beside = [
+        str(entry["content"])
+        for entry in files.spec["added_tokens"]
+        if not entry.get("special") and min(map(ord, entry["content"]), default=0) >= FIRST_RICH
+    ]
+    if beside:
+        raise TokenizerError(
+            "tokenizer-grown-beside",
+            t("this tokenizer has grown before: {count} added tokens such as {example} stand "
+              "beside its vocabulary", count=len(beside), example=beside[0]),
+            where=str(files.folder),
+            why=t("they are matched before its own pieces, so these could not grow on"),
+            fix=t("start from the folder it was grown from"),
+        )  # fmt: skip
 
 
 def _steps(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 from chatfine.errors import ResourceError, UsageError
 from chatfine.i18n import t
 from chatfine.runtime import pick_dtype
+from chatfine.train import machine
 from chatfine.train import plan as planning
 from chatfine.train.methods import UNPACKED
 from chatfine.train.prepare import Prepared, learning_layers, write_json
@@ -138,7 +139,7 @@ def _packing(prepared: Prepared, device: torch.device) -> bool:
 def _fit(prepared: Prepared, shapes: Shapes, device: torch.device, wanted: Decisions) -> Decisions:
     """Smaller micro-batches (same global batch), then recomputation, until the plan fits."""
     config = prepared.config
-    free = planning.free_memory_bytes(device, config.gpu_memory)
+    free = machine.free_memory_bytes(device, config.gpu_memory)
     options = [wanted]
     if not config.batch_size:
         rows, accumulate = wanted.rows, wanted.accumulate
@@ -186,7 +187,18 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
         tokens=round(tokens * epochs), labels=round(labels * epochs), keep=config.keep,
         quantize=config.quantize, virtual_tokens=config.learned_tokens,
         row_parameters=prepared.row_parameters,
+        sharing=decisions.processes if decisions.sharding != "none" else 1,
+        keep_gathered=decisions.sharding == "gradients", offload=config.cpu_offload,
+        learning_bytes=2 if config.pure_bf16 else 4,
+        moments_bytes=_moments_bytes(config.optimizer, config.pure_bf16, config.kahan),
     )  # fmt: skip
+
+
+def _moments_bytes(optimizer: str, pure_bf16: bool, kahan: bool) -> int:
+    """Bytes of optimizer state for each number that learns."""
+    if optimizer == "anyprecision":
+        return 6 if kahan else 4
+    return 4 if pure_bf16 else 8
 
 
 def check_sharing(prepared: Prepared, decisions: Decisions) -> None:

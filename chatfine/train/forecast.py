@@ -8,6 +8,7 @@ import torch
 
 from chatfine import console
 from chatfine.i18n import t
+from chatfine.train import machine
 from chatfine.train import plan as planning
 from chatfine.train.decisions import Decisions, work_of
 from chatfine.train.prepare import Prepared, check_disk
@@ -20,7 +21,7 @@ def predict(
     """The plan as plain data."""
     work = work_of(prepared, decisions)
     plan = planning.make_plan(shapes, work)
-    rate = planning.measured_flops(device, decisions.torch_dtype, shapes) * decisions.processes
+    rate = machine.measured_flops(device, decisions.torch_dtype, shapes) * decisions.processes
     return {
         "device": str(device),
         "dtype": decisions.dtype,
@@ -36,9 +37,9 @@ def predict(
         "trained_parameters": plan.trained_parameters,
         "parameters": shapes.parameters,
         "memory_bytes": round(plan.memory_bytes),
-        "free_memory_bytes": round(planning.free_memory_bytes(device, prepared.config.gpu_memory)),
+        "free_memory_bytes": round(machine.free_memory_bytes(device, prepared.config.gpu_memory)),
         "disk_bytes": round(plan.disk_bytes),
-        "seconds": plan.flop / (rate * planning.EFFICIENCY[device.type]),
+        "seconds": plan.flop / (rate * machine.EFFICIENCY[device.type]),
     }
 
 

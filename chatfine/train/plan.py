@@ -8,22 +8,18 @@ take themselves. Predicted against measured: see docs/LOG.md.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatfine.i18n import t
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 OVERHEAD_BYTES = {"cpu": 430e6, "cuda": 300e6, "mps": 300e6}
 """What Python, torch and the context take before anything is loaded (CPU: resident memory)."""
 HEAD_BLOCK_BYTES = 64 * 2**20
-USABLE = {"cpu": 0.85, "cuda": 0.94, "mps": 0.75}
-"""Share of the free memory a run may plan with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +88,11 @@ class Work:
     quantize: str = "none"  # how the frozen linears are stored
     virtual_tokens: int = 0  # what prefix and llama-adapter learn
     row_parameters: int = 0  # numbers in rows of embedding and head that learn
+    sharing: int = 1  # processes that share the weights
+    keep_gathered: bool = False  # gathered weights stay until the backward pass
+    offload: bool = False  # this process's slices wait in the CPU's memory
+    learning_bytes: int = 4  # of a number that learns; its gradient has as many
+    moments_bytes: int = 8  # of its optimizer state
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,16 +209,23 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
     transient = 4 * shapes.intermediate * work.dtype_bytes  # gradients in flight in one MLP
     block = min(HEAD_BLOCK_BYTES, 4 * shapes.vocab * work.micro_labels)
     states = 3 * work.micro_labels * shapes.hidden * 4
+    own = 0 if work.offload else 1 / work.sharing
     weights: float = frozen * work.dtype_bytes
     if work.quantize != "none":  # one linear at a time is unpacked
         largest = max((out * into for out, into, _ in shapes.linears.values()), default=0)
         weights += packed_bytes(shapes, work.quantize)
         weights += (largest - shapes.body_parameters) * work.dtype_bytes
-    if work.method in ("full", "freeze"):
-        weights += learning * (4 + (work.dtype_bytes if work.dtype_bytes < 4 else 0))
+    masters = work.method in ("full", "freeze")
+    state = work.learning_bytes + work.moments_bytes  # gradient and moments
+    if masters:
+        low = work.dtype_bytes if work.sharing == 1 else 0  # autocast's copies
+        weights += learning * (work.learning_bytes + (low if low < work.learning_bytes else 0))
+        training = learning * state * own
+    else:
+        training = float(learning * (work.learning_bytes + state))
     return Plan(
-        weights_bytes=weights,
-        training_bytes=learning * (12 if work.method in ("full", "freeze") else 16),
+        weights_bytes=weights * own + _gathered_bytes(shapes, work),
+        training_bytes=training,
         activation_bytes=(kept + transient) * work.micro_tokens,
         logits_bytes=3 * block + states,
         overhead_bytes=OVERHEAD_BYTES[work.device],
@@ -225,6 +233,20 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
         flop=_flop(shapes, work),
         trained_parameters=learning,
     )
+
+
+def _gathered_bytes(shapes: Shapes, work: Work) -> float:
+    """What a process holds of the others' shares: embedding and head, and two layers (one
+    computes while the next arrives) or all of them."""
+    if work.sharing == 1:
+        return 0.0
+    body, ends = shapes.body_parameters, shapes.parameters - shapes.body_parameters
+    size = body * work.dtype_bytes
+    if work.quantize != "none":
+        size = packed_bytes(shapes, work.quantize)
+    part = 1.0 if work.keep_gathered else min(1.0, 2 / shapes.layers)
+    gradients = 2 * body / shapes.layers * 4 if work.method == "full" else 0.0
+    return part * size + ends * work.dtype_bytes + gradients
 
 
 def _flop(shapes: Shapes, work: Work) -> float:
@@ -240,42 +262,6 @@ def _flop(shapes: Shapes, work: Work) -> float:
     head += 2 * work.row_parameters * work.labels
     attention = 2 * shapes.query * work.longest * shapes.layers * 3.5 * work.tokens * 0.5
     return body + adapter + head + attention
-
-
-def measured_flops(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> float:
-    """Products a second on this device, from a tenth of a second of one of the model's own
-    products."""
-    import torch
-
-    rows = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(rows, shapes.hidden, device=device, dtype=dtype)
-    b = torch.randn(shapes.intermediate, shapes.hidden, device=device, dtype=dtype)
-    best, begin = 0.0, time.perf_counter()
-    while time.perf_counter() - begin < 0.15:
-        start = time.perf_counter()
-        torch.nn.functional.linear(a, b)
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        best = max(best, 2.0 * a.numel() * shapes.intermediate / (time.perf_counter() - start))
-    return best
-
-
-EFFICIENCY = {"cpu": 0.72, "cuda": 0.45, "mps": 0.4}
-"""Measured share of that rate that a whole training step reaches."""
-
-
-def free_memory_bytes(device: torch.device, limit_gb: float = 0) -> float:
-    """Memory a run may take on `device`: what is free, or `limit_gb` GB, less a safety margin."""
-    import psutil
-    import torch
-
-    if limit_gb:
-        free = limit_gb * 1e9
-    elif device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return float(free) * USABLE[device.type]
 
 
 def remedies(
@@ -311,30 +297,3 @@ def remedies(
         and not (option.method == "prefix" and option.checkpointing)
     ]
     return fitting or [t("a smaller model, or a machine with more memory")]
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has used so far: the card's, or resident memory on a CPU."""
-    import torch
-
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-        import sys
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return int(peak if sys.platform == "darwin" else peak * 1024)
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
-
-
-def free_disk_bytes(path: Path) -> int:
-    """Free space where `path` is or will be."""
-    import shutil
-
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free

@@ -21,6 +21,7 @@ from chatfine.hub.folder import ModelFolder, check_vocabulary, read_model_folder
 from chatfine.i18n import t
 from chatfine.runtime import home
 from chatfine.tokenizer.encode import ChatTokenizer
+from chatfine.train import machine
 from chatfine.train import plan as planning
 from chatfine.train.methods import LLAMA_ADAPTER_LAYERS, check_method
 from chatfine.train.rows import learning_rows
@@ -241,7 +242,7 @@ def check_disk(run: Path, needed_bytes: float) -> None:
     Raises:
         ResourceError: with both sizes.
     """
-    free = planning.free_disk_bytes(run)
+    free = machine.free_disk_bytes(run)
     if free < needed_bytes:
         raise ResourceError(
             "disk-full",

@@ -225,8 +225,8 @@ def _stopped(session: Session) -> Stopped | Interrupted:
 def finish(session: Session, reason: str, total_seconds: float) -> dict[str, Any]:
     """Write adapter or model, picture, report and result of a run whose training is over."""
     from chatfine.train import report
+    from chatfine.train.machine import peak_memory_bytes
     from chatfine.train.metrics import plot_loss, read_metrics
-    from chatfine.train.plan import peak_memory_bytes
 
     prepared, progress = session.prepared, session.progress
     run = prepared.run

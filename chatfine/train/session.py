@@ -17,7 +17,7 @@ from chatfine.i18n import t
 from chatfine.model import adapters, documents, fast, learned_rows
 from chatfine.model.load import load_model
 from chatfine.runtime import pick_device, set_seed
-from chatfine.train import forecast
+from chatfine.train import forecast, machine
 from chatfine.train import plan as planning
 from chatfine.train.checkpoint import Checkpoint, CheckpointStore
 from chatfine.train.decisions import check_sharing, decide, work_of
@@ -259,7 +259,7 @@ class Session:
             loss.backward()  # type: ignore[no-untyped-call]
         except torch.OutOfMemoryError as error:
             work = work_of(self.prepared, self.decisions)
-            free = planning.free_memory_bytes(self.device)
+            free = machine.free_memory_bytes(self.device)
             raise ResourceError(
                 "out-of-memory",
                 t("the longest batch ({n} tokens) does not fit into the device's memory",

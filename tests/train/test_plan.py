@@ -17,6 +17,7 @@ from chatfine.config import PlanConfig, TrainConfig
 from chatfine.errors import ResourceError, UsageError
 from chatfine.model import adapters
 from chatfine.model.load import load_model
+from chatfine.train import machine
 from chatfine.train import plan as planning
 from chatfine.train.decisions import decide, work_of
 from chatfine.train.plan import Shapes, Work, make_plan, remedies
@@ -152,7 +153,7 @@ def decide_with(
     configure: Configure, tmp_path: Path, free: float, monkeypatch: pytest.MonkeyPatch,
     **changes: Any
 ) -> Any:  # fmt: skip
-    monkeypatch.setattr(planning, "free_memory_bytes", lambda *_: free)
+    monkeypatch.setattr(machine, "free_memory_bytes", lambda *_: free)
     prepared = prepare(configure(**changes))
     prepared.run.mkdir(exist_ok=True)
     return prepared, decide(prepared, BIG, torch.device("cpu"))
@@ -220,3 +221,17 @@ def test_the_command_refuses_with_remedies_what_does_not_fit(configure: Configur
     assert caught.value.code == "out-of-memory"
     assert "0.2 GB can be used" in caught.value.what
     assert caught.value.fix
+
+
+def test_a_share_of_the_weights_takes_a_share_of_the_memory() -> None:
+    from dataclasses import replace
+
+    full = replace(WORK, method="full", targets=(), dtype_bytes=2)
+    alone, four = make_plan(LLAMA_8B, full), make_plan(LLAMA_8B, replace(full, sharing=4))
+    assert four.training_bytes == alone.training_bytes / 4
+    assert four.weights_bytes < alone.weights_bytes / 2, "two layers and the embedding are gathered"
+    kept = make_plan(LLAMA_8B, replace(full, sharing=4, keep_gathered=True))
+    assert kept.weights_bytes > four.weights_bytes
+    assert make_plan(LLAMA_8B, replace(full, sharing=4, offload=True)).training_bytes == 0
+    small = replace(full, learning_bytes=2, moments_bytes=4)
+    assert make_plan(LLAMA_8B, small).training_bytes == alone.training_bytes / 2

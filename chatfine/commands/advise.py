@@ -1,0 +1,233 @@
+"""The corpus of `chatfine expand-vocab`: read, measured, and what to make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chatfine import console
+from chatfine.config import ExpandConfig
+from chatfine.data.sources import read_rows
+from chatfine.errors import DataError, TokenizerError
+from chatfine.hub.folder import ModelFolder, check_config
+from chatfine.i18n import t
+from chatfine.tokenizer.advice import (
+    MIN_GAIN,
+    MIN_SHOWN,
+    SIZES,
+    Measure,
+    Verdict,
+    added_weights,
+    judge,
+    literature,
+    measure,
+    measure_sizes,
+    split,
+)
+from chatfine.tokenizer.grow_files import grown
+from chatfine.tokenizer.growable import Growable, Growth
+from chatfine.tokenizer.hanzi import hanzi
+from chatfine.tokenizer.learn import Learned
+
+MOST_CHARACTERS = 40_000_000
+_BYTES = {"fp32": 4, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The user's texts: those to learn from, and those kept apart to measure on."""
+
+    texts: list[str]
+    apart: list[str]
+    characters: int
+    """of all"""
+
+    @property
+    def measured(self) -> list[str]:
+        """What measures are made on."""
+        return self.apart or self.texts
+
+    def report(self, base: Growable, growth: Growth) -> dict[str, Any]:
+        """Say what `growth` does to kept-apart text; returns it."""
+        now = measure(base, base, self.measured, self.characters)
+        after = measure(base, grown(base, growth), self.measured, self.characters)
+        console.say(
+            t("characters a token on {text}: {now:.2f} → {after:.2f}",
+              text=t("text kept apart") if self.apart else t("the corpus itself"), now=now.ratio,
+              after=after.ratio)
+        )  # fmt: skip
+        verdict = judge(now, [after])
+        if not verdict.size:
+            console.warn(t("the advice is against it: {why}", why=_why(verdict, [now, after])))
+        return {"before": asdict(now), "after": asdict(after)}
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a row of the model costs; zeros where no config.json says so."""
+
+    hidden: int
+    tied: bool
+    bytes_each: int
+
+    @classmethod
+    def of(cls, model: ModelFolder | None, folder: Path) -> Costs:
+        """Read it off the weights, else off config.json."""
+        if model is not None:
+            return cls(model.hidden_size, model.tied, _BYTES.get(model.dtype, 2))
+        if not (folder / "config.json").is_file():
+            return cls(0, False, 0)
+        config = check_config(folder)
+        text = config.get("text_config") or config
+        named = str(text.get("dtype") or text.get("torch_dtype"))
+        return cls(int(text["hidden_size"]), bool(text.get("tie_word_embeddings")),
+                   _BYTES.get(named, 2))  # fmt: skip
+
+
+def read_corpus(names: Sequence[str], base: Growable) -> Corpus:
+    """All texts of the rows of some data sets or files.
+
+    Raises:
+        DataError: a file that can't be read, or no text at all.
+    """
+    texts: list[str] = []
+    characters = 0
+    for text in _texts(names):
+        if characters + len(text) > MOST_CHARACTERS:
+            console.warn(t("only the first {n} characters of the corpus are used",
+                           n=f"{characters:,}"))  # fmt: skip
+            break
+        texts.append(text)
+        characters += len(text)
+    if not texts:
+        raise DataError(
+            "corpus-empty",
+            t("there is no text in {names}", names=", ".join(names)),
+            where="--corpus",
+            fix=t("name text, JSON, CSV or parquet files in the language that is to be added"),
+        )
+    count, example = base.spelled_control(texts)
+    if count:
+        console.warn(
+            t("{count} texts spell a control token ({example}): in a corpus it is ordinary text",
+              count=count, example=example)
+        )  # fmt: skip
+    rest, apart = split(texts)
+    return Corpus(rest, apart, characters)
+
+
+def _texts(names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        for row in read_rows(name):
+            text = "\n".join(_strings(row.values))
+            if text.strip():
+                yield text.encode("utf-8", "replace").decode()  # a lone half of a pair
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every text inside the values of a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def advise_size(base: Growable, corpus: Corpus, costs: Costs, config: ExpandConfig) -> int:
+    """The size that the advice names.
+
+    Raises:
+        TokenizerError: expanding-does-not-pay.
+    """
+    found = advise(base, corpus, costs, config)
+    size = int(found["advice"])
+    if not size:
+        raise TokenizerError(
+            "expanding-does-not-pay",
+            t("the advice is not to grow the vocabulary for this corpus"),
+            why=str(found["why"]),
+            fix=t("do it all the same by naming a size: --size {size}", size=SIZES[0])
+            if len(found["measures"]) > 1
+            else t("use the model as it is"),
+        )
+    return size
+
+
+def advise(base: Growable, corpus: Corpus, costs: Costs, config: ExpandConfig) -> dict[str, Any]:
+    """Measure several sizes, show them with their costs, and judge.
+
+    Returns:
+        `measures`, `advice` (how many pieces, 0 = don't) and `why`.
+    """
+    sizes = sorted({*SIZES, config.size} - {0})
+    console.say(t("measuring {characters} characters …", characters=f"{corpus.characters:,}"))
+    learned = Learned(base, corpus.texts, max(sizes))
+    found = measure_sizes(base, learned, corpus.measured, corpus.characters, sizes)
+    preset = hanzi(base)
+    rows = [_line(t("now"), found[0], found[0], costs)]
+    rows += [_line(f"{one.added:,}", one, found[0], costs) for one in found[1:]]
+    if preset.pieces:
+        after = measure(base, grown(base, preset), corpus.measured, corpus.characters)
+        rows.append(_line(f"hanzi ({after.added:,})", after, found[0], costs))
+    console.table(
+        [t("pieces added"), t("characters a token"), t("tokens saved"), t("parts of characters"),
+         t("each shown"), t("weights more")],
+        rows,
+    )  # fmt: skip
+    verdict = judge(found[0], found[1:])
+    why = _why(verdict, found)
+    _explain(corpus, verdict, why)
+    return {"measures": [asdict(one) for one in found], "advice": verdict.size, "why": why}
+
+
+def _line(name: str, one: Measure, now: Measure, costs: Costs) -> list[str]:
+    weights = added_weights(one.added, costs.hidden, costs.tied)
+    return [
+        name,
+        f"{one.ratio:.2f}",
+        f"{1 - now.ratio / one.ratio:.0%}" if one.added and one.ratio else "",
+        f"{one.broken:.0%}",
+        t("{n:.0f} times", n=one.shown) if one.added else "",
+        f"{weights / 1e6:.1f} M, {console.size(weights * costs.bytes_each)}" if weights else "",
+    ]
+
+
+def _explain(corpus: Corpus, verdict: Verdict, why: str) -> None:
+    """The verdict in words, with what others needed."""
+    console.say(
+        t("measured on {n} texts kept apart", n=len(corpus.apart))
+        if corpus.apart
+        else t("too few texts to keep some apart: the figures are those of the corpus itself, and "
+               "too good")
+    )  # fmt: skip
+    console.heading(t("what others needed"))
+    for line in literature():
+        console.say(f"- {line}")
+    console.heading(t("advice"))
+    if verdict.size:
+        console.say(t("add {size} pieces: {why}", size=f"{verdict.size:,}", why=why), "bold")
+    else:
+        console.say(t("don't: {why}", why=why), "bold")
+    console.say(
+        t("the limits of this rule are set by hand, until the project's own measurements set them")
+    )
+
+
+def _why(verdict: Verdict, found: Sequence[Measure]) -> str:
+    now, best = found[0], found[-1]
+    if verdict.cause == "gains-little":
+        return t("a token would hold only {gain:.2f} times as much text as now (the limit is {limit})",
+                 gain=best.ratio / now.ratio if now.ratio else 0.0, limit=MIN_GAIN)  # fmt: skip
+    if verdict.cause == "shown-too-rarely":
+        first = found[1]
+        return t("already with {size} pieces the corpus shows each only {n:.0f} times (the limit "
+                 "is {limit:.0f}), too seldom to learn it", size=f"{first.added:,}", n=first.shown,
+                 limit=MIN_SHOWN)  # fmt: skip
+    chosen = next(one for one in found if one.added == verdict.size)
+    return t("a token holds {gain:.2f} times as much text, and the corpus shows each new piece {n:.0f} times",
+             gain=chosen.ratio / now.ratio, n=chosen.shown)  # fmt: skip

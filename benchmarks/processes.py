@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--lora", default="7b", choices=SHAPES)
     parser.add_argument("--full", default="1b", choices=SHAPES)
+    parser.add_argument("--methods", nargs="+", default=["lora", "full"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
@@ -122,6 +123,8 @@ def main() -> None:
     alone: dict[str, float] = {}
     rows = []
     for shape, processes, flags in cases:
+        if flags["--method"] not in options.methods:
+            continue
         model = options.work / shape
         if not model.exists():
             write_model(model, shape, options.tokenizer)

@@ -9,10 +9,13 @@ Every function takes the settings of the command of the same name as keyword arg
 what the command prints with `--json`.
 """
 
-from __future__ import annotations
+import sys
+
+# Before anything newer: Python 3.6 must be able to read this file, so it has no __future__ import.
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("chatfine 需要 Python 3.10 或更新的版本 / chatfine needs Python 3.10 or newer")
 
 import importlib
-import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 

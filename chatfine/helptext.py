@@ -68,6 +68,7 @@ def overview(version: str) -> str:
             ("download NAME", t("get a model")),
             ("convert DIR -o DIR", t("Meta's .pth files or a GGUF file become a model folder")),
             ("tokens TEXT -m MODEL", t("see how a text becomes tokens")),
+            ("expand-vocab -m MODEL -o DIR", t("teach the vocabulary Chinese, if that pays")),
             ("data check|show DATASET -m MODEL", t("check your data, see what will be learned")),
             ("plan -m MODEL -d DATASET", t("memory, disk and time of a run before it starts")),
             ("train -m MODEL -d DATASET -o RUN", t("fine-tune; or: train recipe.yaml")),

@@ -221,13 +221,14 @@ def _explain(corpus: Corpus, verdict: Verdict, why: str) -> None:
 def _why(verdict: Verdict, found: Sequence[Measure]) -> str:
     now, best = found[0], found[-1]
     if verdict.cause == "gains-little":
-        return t("a token would hold only {gain:.2f} times as much text as now (the limit is {limit})",
-                 gain=best.ratio / now.ratio if now.ratio else 0.0, limit=MIN_GAIN)  # fmt: skip
+        gain = best.ratio / now.ratio if now.ratio else 0.0
+        return t("a token would hold only {gain:.2f} times as much text as now (the limit is "
+                 "{limit})", gain=gain, limit=MIN_GAIN)  # fmt: skip
     if verdict.cause == "shown-too-rarely":
         first = found[1]
         return t("already with {size} pieces the corpus shows each only {n:.0f} times (the limit "
                  "is {limit:.0f}), too seldom to learn it", size=f"{first.added:,}", n=first.shown,
                  limit=MIN_SHOWN)  # fmt: skip
     chosen = next(one for one in found if one.added == verdict.size)
-    return t("a token holds {gain:.2f} times as much text, and the corpus shows each new piece {n:.0f} times",
-             gain=chosen.ratio / now.ratio, n=chosen.shown)  # fmt: skip
+    return t("a token holds {gain:.2f} times as much text, and the corpus shows each new piece "
+             "{n:.0f} times", gain=chosen.ratio / now.ratio, n=chosen.shown)  # fmt: skip

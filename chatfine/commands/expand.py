@@ -32,8 +32,8 @@ def expand(config: ExpandConfig) -> dict[str, Any]:
     """Grow a tokenizer, and the embedding and head of the model it lies in.
 
     Returns:
-        `output`, `kind`, `form`, `old_size`, `new_size`; for a corpus what was measured; for a model
-        its `rows` and `added_parameters`. With --advise only what was measured and the verdict.
+        `output`, `kind`, `form`, `old_size`, `new_size`; for a corpus what was measured; for a
+        model its `rows` and `added_parameters`. With --advise only the measures and the verdict.
 
     Raises:
         Refused: what can't grow, nothing to add, a taken output folder; nothing is left behind.

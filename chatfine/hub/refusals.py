@@ -122,16 +122,7 @@ def status_error(
             fix=t("try again later, or another --source"),
         )  # fmt: skip
     if code == 429:
-        wait = (
-            t("wait {n} seconds and try again; what has arrived is kept", n=round(pause))
-            if pause
-            else t("wait some minutes and try again; what has arrived is kept")
-        )
-        return repository.refuse(
-            "hub-busy", t("{host} asks for fewer requests (429)", host=where), url,
-            [wait, t("log in, since users with an account may ask more often: {command}",
-                     command=LOGIN), t("or try another --source")],
-        )  # fmt: skip
+        return _busy(url, repository, pause)
     if code >= 500:
         return repository.refuse(
             "hub-broken", t("{host} answered with HTTP status {code}", host=where, code=code), url,
@@ -141,6 +132,19 @@ def status_error(
     return repository.refuse(
         "hub-broken", t("{host} answered with HTTP status {code}", host=where, code=code), url,
         t("try again later, or another --source"),
+    )  # fmt: skip
+
+
+def _busy(url: str, repository: Repository, pause: float) -> ChatfineError:
+    wait = (
+        t("wait {n} seconds and try again; what has arrived is kept", n=round(pause))
+        if pause
+        else t("wait some minutes and try again; what has arrived is kept")
+    )
+    return repository.refuse(
+        "hub-busy", t("{host} asks for fewer requests (429)", host=host(url)), url,
+        [wait, t("log in, since users with an account may ask more often: {command}",
+                 command=LOGIN), t("or try another --source")],
     )  # fmt: skip
 
 

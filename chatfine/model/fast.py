@@ -71,6 +71,9 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return result
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # rotary tables in float32 have made it float32 again
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     longest = shared + max(document_lengths)
     window = sliding_window if sliding_window and sliding_window < longest else None
     half = query.dtype in (torch.float16, torch.bfloat16)

@@ -64,9 +64,7 @@ def _subword(text: str, learned_from: Sequence[str]) -> Way:
 def _bpe(text: str, learned_from: Sequence[str]) -> Way:
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=PIECES, special_tokens=[UNKNOWN], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=PIECES, special_tokens=[UNKNOWN], show_progress=False)
     tokenizer.train_from_iterator(learned_from, trainer)
     idea = t("Subwords, found by joining the most frequent pair of neighbours again and again "
              "(Llama-2's is one; it writes unknown characters as bytes).")  # fmt: skip

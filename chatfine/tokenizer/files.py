@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chatfine.errors import TokenizerError
+from chatfine.hub.folder import refuse_pointers
 from chatfine.hub.place import TOKENIZER_FILES
 from chatfine.i18n import t
 
@@ -46,7 +47,10 @@ def read_files(folder: Path) -> TokenizerFiles:
 
     Raises:
         TokenizerError: no tokenizer, or a file that is not what it should be.
+        ModelError: model-lfs-pointer.
     """
+    if folder.is_dir():
+        refuse_pointers(folder)
     config = _read_json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
         spec = _read_json(folder / "tokenizer.json")

@@ -1,7 +1,7 @@
 """A grown tokenizer's folder: tokenizer.json, tokenizer.model, settings, and what is new in it.
 
-Ids that special tokens took after the vocabulary (Llama-3's, a `<pad>`) stay theirs; new pieces come
-after them. A tokenizer.model gives ids by position, so it gets those tokens too.
+Ids that special tokens took after the vocabulary (Llama-3's, a `<pad>`) stay theirs; new pieces
+come after them. A tokenizer.model gives ids by position, so it gets those tokens too.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def grown_spec(base: Growable, growth: Growth) -> dict[str, Any]:
     for number, piece in enumerate(growth.pieces, start=base.first_new):
         vocab[piece.spelling] = number
     model["vocab"] = vocab
-    old = [tuple(one.split(" ", 1)) if isinstance(one, str) else tuple(one)
-           for one in model.get("merges", [])]  # fmt: skip
+    old: list[Any] = [
+        tuple(one.split(" ", 1)) if isinstance(one, str) else tuple(one)
+        for one in model.get("merges", [])
+    ]
     if base.kind == "sentencepiece":
         new = {piece.spelling for piece in growth.pieces}
         merges = _with_cuts(old, new, _ordinary(base, vocab), growth)

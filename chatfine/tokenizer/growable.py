@@ -1,7 +1,7 @@
 """A tokenizer that can grow: what kind it is, what its pieces stand for, where new ids begin.
 
-Two kinds of BPE can. A *sentencepiece* vocabulary (Llama-2, Mistral) is made of characters; those it
-lacks are written as byte pieces, so a new character is one piece more. A *byte-level* vocabulary
+Two kinds of BPE can. A *sentencepiece* vocabulary (Llama-2, Mistral) is made of characters; those
+it lacks are written as byte pieces, so a new character is one piece more. A *byte-level* vocabulary
 (GPT-2, Llama-3, Qwen, SmolLM2) is made of bytes; a new character is a chain of merges.
 
 Both grow the same way: new merges come after all old ones. So a new encoding only joins tokens of
@@ -77,7 +77,7 @@ class Growable:
         _refuse_grown_beside(files)
         self._sealed = SealedTokenizer(files.spec, added)
         self._markup = any_of(added)
-        self.first_new = 1 + max([*self.vocab.values(), *added.values()])
+        self.first_new: int = 1 + max([*self.vocab.values(), *added.values()])
         self.spellings = [""] * self.first_new
         for piece, number in self.vocab.items():
             self.spellings[number] = piece

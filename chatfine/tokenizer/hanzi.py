@@ -8,8 +8,8 @@ from chatfine.tokenizer.learn import chain_merges
 CHARACTERS = "".join(map(chr, range(0x4E00, 0x9FFF)))
 SIGNS_BEFORE = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃"
 SIGNS_AFTER = "《》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
-# the tutorial's string goes over two lines, so its newline became a token (52320 of Llama-2); a line
-# break that is an untrained token ruins every text, and the last character of the block was left out
+# the tutorial's string goes over two lines, so its newline became a token (52320 of Llama-2), an
+# untrained one at every line break; its loop leaves out the block's last character
 HANZI = CHARACTERS + SIGNS_BEFORE + "\u9fff" + SIGNS_AFTER
 """In the order of the ids."""
 

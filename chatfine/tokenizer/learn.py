@@ -1,11 +1,11 @@
 """New pieces from a corpus: the tokenizer's own BPE continued, then thinned out.
 
 Continued BPE training and the pruning of leaves are after Purason, Chizhov, Yamshchikov and Fishel,
-"Teaching Old Tokenizers New Words" (arXiv 2512.03989): learn more merges than wanted, then take away,
-one at a time, the piece no other is made of whose loss costs the fewest tokens on the corpus.
+"Teaching Old Tokenizers New Words" (arXiv 2512.03989): learn more merges than wanted, then take
+away, one at a time, the piece no other is made of whose loss costs the fewest tokens on the corpus.
 Here a missing character competes with merges (it saves the byte tokens it was written with), and a
-piece that occurs in one text only goes first, because it promises nothing for other texts. The order
-of removal read backwards gives the best pieces first, so one training serves every size.
+piece that occurs in one text only goes first, because it promises nothing for other texts. The
+order of removal read backwards gives the best pieces first, so one training serves every size.
 """
 
 from __future__ import annotations
@@ -181,9 +181,7 @@ def _nodes(runs: Runs, trained: Tokenizer) -> dict[str, _Node]:
     return nodes
 
 
-def _uses(
-    runs: Runs, trained: Tokenizer, vocab: dict[str, int]
-) -> list[tuple[float, int, int]]:
+def _uses(runs: Runs, trained: Tokenizer, vocab: dict[str, int]) -> list[tuple[float, int, int]]:
     """Uses, first and last text of each token of `trained`, in the order of `vocab`."""
     stretches: list[tuple[str, Run]] = list(runs.found.items())
     uses = np.zeros(len(vocab))

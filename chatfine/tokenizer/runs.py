@@ -8,10 +8,10 @@ vocabulary are all here:
 - A stretch has no two tokens in a row that could stand in a text below U+2E80. So whatever is
   joined holds a character from there on, and other text keeps its ids.
 - In a byte-level vocabulary the tokenizer's own pre-tokenizer bounds the stretches.
-- SentencePiece has no pre-tokenizer; there a stretch is of one script, decimal digits stay alone (as
-  its trainer does it for the Llama models: split_by_unicode_script, split_digits), the word mark ▁
-  may begin it, or one sign may: ，但是. That last rule is the one of the pre-tokenizers of GPT-4,
-  Llama-3 and Qwen; on kept-apart text it is worth 3 to 9 % (docs/LOG.md).
+- SentencePiece has no pre-tokenizer; there a stretch is of one script, decimal digits stay alone
+  (as its trainer does it for the Llama models: split_by_unicode_script, split_digits), the word
+  mark ▁ may begin it, or one sign may: ，但是. That last rule is the one of the pre-tokenizers of
+  GPT-4, Llama-3 and Qwen; on kept-apart text it is worth 2 to 10 %.
 """
 
 from __future__ import annotations

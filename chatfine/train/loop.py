@@ -104,7 +104,9 @@ class Trainer:
         self.model.train()
         progress, total = self.progress, self.schedule.total
         while progress.step < total and not self._early():
-            if not self.step():
+            with self.group.in_step():
+                going = self.step()
+            if not going:
                 self.save()
                 return "stopped"
             last = progress.step == total

@@ -237,7 +237,7 @@ class Session:
             save_every=config.save_every or eval_every, early_stop=config.early_stop,
         )  # fmt: skip
         try:
-            with self.stop, bar, self.group.in_step():
+            with self.stop, bar:
                 return trainer.run()
         finally:
             trackers.close()

@@ -74,7 +74,7 @@ class Watch:
         self.rank, self.size = rank, size
         self.beat = Beat(os.getpid(), socket.gethostname())
         self._seen: dict[int, _Seen] = {}
-        self._main = threading.main_thread().ident
+        self._main = threading.get_ident()  # Ray Train trains in a thread of its own
         self._ticked = time.monotonic()
         self._end = threading.Event()
         self._lock = threading.Lock()

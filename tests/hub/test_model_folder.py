@@ -16,6 +16,7 @@ from fake_hub import CONFIG, llama_tensors, write_safetensors
 
 from chatfine.errors import ModelError
 from chatfine.hub.folder import check_vocabulary, read_model_folder, resolve_source
+from chatfine.tokenizer.files import read_files
 
 
 def edit(file: Path, **changes: Any) -> None:
@@ -184,6 +185,23 @@ BAD: list[tuple[Callable[[Path], object], str, str]] = [
     (pointer, "model-lfs-pointer", "model.safetensors is a git-lfs pointer"),
     (overlong_tensor, "model-bad-weights", "model.safetensors is damaged"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer.model",
+                                  "model.safetensors", "generation_config.json"])  # fmt: skip
+def test_pointers_of_a_clone_without_lfs(folder: Path, name: str) -> None:
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 17209961\n"
+    (folder / name).write_text(text, encoding="utf-8")
+    error = refusal(folder)
+    assert (error.code, error.what) == (
+        "model-lfs-pointer", f"{name} is a git-lfs pointer, not the file itself",
+    )  # fmt: skip
+    assert error.fix[0] == f"in the folder {folder}: git lfs install && git lfs pull"
+    assert "password it wants a token of the hub" in error.fix[1]
+    if name.startswith("tokenizer"):  # a folder with only a tokenizer
+        (folder / "config.json").unlink()
+        with pytest.raises(ModelError, match=f"{name} is a git-lfs pointer"):
+            read_files(folder)
 
 
 @pytest.mark.parametrize(("damage", "code", "words"), BAD)

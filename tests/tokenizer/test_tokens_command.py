@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,29 @@ def test_text_or_messages(tiny: Path) -> None:
     for text, messages in (("", ""), ("x", "y")):
         with pytest.raises(ChatfineError, match="either a text or --messages"):
             tokens(TokensConfig(text=text, messages=messages, model=str(tiny)))
+
+
+def test_explain(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five ways on one screen; only byte-level BPE knows every character."""
+    text = "Hello 你好 🙂 龘"
+    result = tokens(TokensConfig(text=text, model=str(tiny), explain=True))
+    ways = {way["way"]: way["tokens"] for way in result["ways"]}
+    assert list(ways) == ["word", "character", "subword", "BPE", "BBPE"]
+    assert len(ways["character"]) == len(text)
+    assert all("�" in ways[name] for name in ("word", "character", "subword", "BPE"))
+    parts = [bytes.fromhex(one) if re.fullmatch("([0-9a-f]{2})+", one) else one.encode()
+             for one in ways["BBPE"]]  # fmt: skip
+    assert b"".join(parts).decode() == text
+    assert bytes.fromhex("".join(t["bytes"] for t in result["tokens"])).decode() == text
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 24
+    assert all(f"{name}: " in shown for name in ways)
+
+
+def test_a_folder_with_only_a_tokenizer(tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny / name, tmp_path / name)
+    alone = tokens(TokensConfig(text="hi", model=str(tmp_path), compare=str(tiny)))
+    assert alone["tokens"] == alone["compare"]["tokens"]

@@ -81,7 +81,8 @@ def learn(options: argparse.Namespace) -> None:
     tokenizer = ChatTokenizer.load(options.model, template="plain")
     texts = options.data / "validation.jsonl"
     settings = DataSettings(validation=str(texts), max_length=options.length, too_long="cut")
-    data = load_examples([str(options.data / "train.jsonl")], tokenizer, settings)
+    cache = options.data / "cache"
+    data = load_examples([str(options.data / "train.jsonl")], tokenizer, settings, cache)
     characters = sum(len(json.loads(line)["text"]) for line in texts.open(encoding="utf-8"))
     set_seed(options.seed)
     model = adapters.attach(load_model(options.model, dtype, device), "full")
@@ -116,7 +117,9 @@ def learn(options: argparse.Namespace) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-        if step % max(1, options.steps // 5) == 0 or step == options.steps:
+        if (step % max(1, options.steps // 4) == 0 and step + 4 <= options.steps) or (
+            step == options.steps
+        ):
             print(json.dumps({"step": step, "bits": evaluate()}), flush=True)
     tokens = trainer.progress.tokens
     print(json.dumps({"step_seconds": median(times[len(times) // 3 :]), "tokens": tokens,
@@ -139,8 +142,10 @@ def one(options: argparse.Namespace, model: str, seed: int, steps: int, gpu: int
 def compare(options: argparse.Namespace) -> None:
     """Every model with every seed, several at a time."""
     models = dict(pair.split("=", 1) for pair in options.models)
-    timed = {name: one(options, folder, 0, options.timing_steps, 0)[-1]
-             for name, folder in models.items()}  # fmt: skip
+    timed: dict[str, Any] = {}
+    for name, folder in models.items():  # b@a is timed as a, which has the same shape
+        like = name.partition("@")[2]
+        timed[name] = timed[like] if like else one(options, folder, 0, options.timing_steps, 0)[-1]
     steps = {name: max(5, round(options.seconds / fact["step_seconds"]))
              for name, fact in timed.items()}  # fmt: skip
     places: Queue[int] = Queue()
@@ -151,7 +156,9 @@ def compare(options: argparse.Namespace) -> None:
     def job(name: str, seed: int) -> tuple[str, int, list[Any]]:
         gpu = places.get()
         try:
-            return name, seed, one(options, models[name], seed, steps[name], gpu)
+            lines = one(options, models[name], seed, steps[name], gpu)
+            console.say(json.dumps({"model": name, "seed": seed, "lines": lines}))
+            return name, seed, lines
         finally:
             places.put(gpu)
 

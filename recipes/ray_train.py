@@ -4,13 +4,16 @@
     python recipes/ray_train.py --workers 8 --cpus 8 recipes/llama2_7b_fsdp.yaml -o my-run
     python recipes/ray_train.py --workers 2 --gpus 0 -m smollm2-135m-instruct -d dialogs -o my-run
 
-四个参数归 Ray：--workers 进程数，--gpus 和 --cpus 每个进程分到多少（默认各 1），--retries 有进程死掉后重来几次；
-其余与 chatfine train 相同。输出目录里已经有训练时就接着跑，所以重来、或者把同一条命令再打一遍，都从最近的检查点
-开始。多台机器要有共享的文件夹：模型、数据、输出目录和 CHATFINE_HOME 在每台机器上是同一个路径。
-Four flags are Ray's: --workers is the number of processes, --gpus and --cpus are the share of each (1 if not given),
---retries says how often to begin again after a process has died; all else is as for chatfine train. Where the output
-folder holds a run, that run goes on, so a retry, or the same command typed again, begins at the newest checkpoint.
-Several machines need a shared folder: model, data, output and CHATFINE_HOME are the same path on each.
+四个参数归 Ray：--workers 进程数，--gpus 和 --cpus 每个进程分到多少（默认各 1），--retries 有进程
+死掉后重来几次；其余与 chatfine train 相同。输出目录里已经有训练时就接着跑，所以重来、或者把同一条
+命令再打一遍，都从最近的检查点开始。多台机器要有共享的文件夹：模型、数据、输出目录和 CHATFINE_HOME
+在每台机器上是同一个路径。用 Ray 2.60 试过。
+
+Four flags are Ray's: --workers is the number of processes, --gpus and --cpus are the share of each
+(1 if not given), --retries says how often to begin again after a process has died; all else is as
+for chatfine train. Where the output folder holds a run, that run goes on, so a retry, or the same
+command typed again, begins at the newest checkpoint. Several machines need a shared folder: model,
+data, output and CHATFINE_HOME are the same path on each. Tried with Ray 2.60.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ def launch(own: argparse.Namespace, values: dict[str, Any]) -> None:
     if why or not Path(values["output"], "result.json").is_file():
         raise Stopped(
             "ray-failed", "the run did not finish; what its processes said stands above", why=why,
-            fix="type the same command again: it goes on from the newest checkpoint",
+            fix="mend what they say, then type the same command again: it goes on from the newest "
+                "checkpoint",
         )  # fmt: skip
 
 

@@ -8,15 +8,16 @@ import platform
 import re
 import shutil
 import sys
-import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from chatfine import console, runtime
+from chatfine.commands import reach
+from chatfine.commands.finding import Check
 from chatfine.config import DoctorConfig
-from chatfine.hub.download import is_offline
+from chatfine.errors import ResourceError
 from chatfine.i18n import t
 
 FLOORS = {
@@ -29,26 +30,16 @@ FLOORS = {
 """Oldest versions that work: the dependencies of pyproject.toml (a test compares them)."""
 PYTHON_FLOOR = (3, 10)
 _MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "missing": ("✗", "red")}
-_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 _LEAST_MEMORY_BYTES = 4e9  # the demo on the smallest model
-_LEAST_DISK_BYTES = 2e9
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of the report. `missing` means that something will not work."""
-
-    name: str
-    status: Literal["ok", "warn", "missing"]
-    text: str
-    fix: str = ""
+_BITSANDBYTES_FLOOR = "0.50"
 
 
 def doctor(config: DoctorConfig) -> dict[str, Any]:
     """Say what this machine can do and what to install."""
     checks: list[Check] = []
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
-        _python, _torch, _machine, _libraries, _extras, _quantising, _network, _cache,
+        _python, _torch, _machine, _libraries, _extras, _quantising, reach.network,
+        reach.cache,
     )  # fmt: skip
     for part in parts:
         for check in part():
@@ -172,20 +163,44 @@ def _extras() -> Iterator[Check]:
 
 
 def _quantising() -> Iterator[Check]:
+    """8-bit weights (int8) are plain torch and work everywhere; nf4 needs bitsandbytes."""
     if version_of("bitsandbytes-windows"):
         yield Check("bitsandbytes", "warn",
                     t("the old package bitsandbytes-windows hides the current bitsandbytes"),
                     f"{sys.executable} -m pip uninstall -y bitsandbytes-windows")  # fmt: skip
-    found, cuda = version_of("bitsandbytes"), _has_cuda()
-    if found and cuda:
-        yield Check("bitsandbytes", "ok", found)
-    elif found:
-        yield Check("bitsandbytes", "warn",
-                    t("{version}, but there is no CUDA GPU for 8-bit and 4-bit weights",
-                      version=found))  # fmt: skip
-    elif cuda:
-        yield Check("bitsandbytes", "warn", t("not installed; for 8-bit and 4-bit weights"),
-                    f"{sys.executable} -m pip install bitsandbytes")  # fmt: skip
+    found = version_of("bitsandbytes")
+    renew = f'{sys.executable} -m pip install -U "bitsandbytes>={_BITSANDBYTES_FLOOR}"'
+    if found is None:
+        text = t("not installed; only for --quantize nf4 (--quantize int8 works without)")
+        yield Check("bitsandbytes", "warn", text, renew)
+    elif _numbers(found) < _numbers(_BITSANDBYTES_FLOOR):
+        yield Check("bitsandbytes", "warn", t("{found} is too old, {floor} or newer is needed",
+                    found=found, floor=_BITSANDBYTES_FLOOR), renew)  # fmt: skip
+    else:
+        yield _loaded_bitsandbytes(found)
+
+
+def _loaded_bitsandbytes(version: str) -> Check:
+    """Whether bitsandbytes works here: its import alone succeeds even without its library."""
+    try:
+        from chatfine.model.frozen import bitsandbytes
+
+        library = bitsandbytes().lib
+    except (ImportError, OSError, ResourceError) as error:
+        why = error.why if isinstance(error, ResourceError) else str(error)
+        return Check("bitsandbytes", "warn",
+                     t("{version} does not load: {why}; --quantize int8 works without",
+                       version=version, why=why),
+                     f"{sys.executable} -m bitsandbytes")  # fmt: skip
+    if not _has_cuda():
+        text = t("{version}: nf4 works on the CPU, slowly; there is no CUDA GPU", version=version)
+        return Check("bitsandbytes", "ok", text)
+    if getattr(library, "compiled_with_cuda", True):
+        return Check("bitsandbytes", "ok", version)
+    return Check("bitsandbytes", "warn",
+                 t("{version} has no library for this CUDA: nf4 fails on the GPU; --quantize int8 "
+                   "works without", version=version),
+                 f"{sys.executable} -m bitsandbytes")  # fmt: skip
 
 
 def _has_cuda() -> bool:
@@ -194,39 +209,6 @@ def _has_cuda() -> bool:
     except (ImportError, OSError):
         return False
     return torch.cuda.is_available()
-
-
-def _network() -> Iterator[Check]:
-    for name in _PROXIES:
-        value = os.environ.get(name) or os.environ.get(name.lower())
-        if not value:
-            continue
-        parts = urllib.parse.urlsplit(value)
-        shown = f"{parts.scheme}://{parts.hostname or value.rpartition('@')[2]}"
-        if parts.scheme in ("http", "https"):
-            yield Check(name, "ok", shown)
-        else:
-            yield Check(name, "warn", t("{proxy}: downloads need an http:// proxy", proxy=shown),
-                        t("set {name}=http://HOST:PORT", name=name))  # fmt: skip
-    if is_offline():
-        yield Check("HF_HUB_OFFLINE", "warn", t("set: no hub is asked for models"),
-                    t("unset HF_HUB_OFFLINE"))  # fmt: skip
-    if os.environ.get("HF_ENDPOINT"):
-        yield Check("HF_ENDPOINT", "ok", os.environ["HF_ENDPOINT"])
-
-
-def _cache() -> Iterator[Check]:
-    home = runtime.home()
-    there = next(place for place in (home, *home.absolute().parents) if place.exists())
-    free = shutil.disk_usage(there).free
-    move = t("set CHATFINE_HOME to a folder on another disk")
-    if not os.access(there, os.W_OK):
-        yield Check("cache", "missing", t("{path} can't be written", path=home), move)
-        return
-    enough = free >= _LEAST_DISK_BYTES
-    yield Check("cache", "ok" if enough else "warn",
-                t("{path}, {free} free", path=home, free=console.size(free)),
-                "" if enough else move)  # fmt: skip
 
 
 def usable_cores() -> int:

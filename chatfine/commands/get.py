@@ -15,6 +15,7 @@ from chatfine.hub import catalog
 from chatfine.hub import download as hub
 from chatfine.hub.datasets import fetch_dataset, is_hub_name
 from chatfine.hub.folder import read_model_folder
+from chatfine.hub.stage import Progress
 from chatfine.i18n import t
 
 
@@ -132,7 +133,7 @@ def _note(entry: dict[str, Any]) -> str:
 
 
 @contextmanager
-def byte_bar() -> Iterator[hub.Progress]:
+def byte_bar() -> Iterator[Progress]:
     """A bar that appears with the first byte."""
     from rich import progress
 

@@ -59,7 +59,7 @@ def choose(answer: Answer, card: Mapping[str, Any], subset: str, name: str) -> C
         answer: the listing of the repository.
         card: what `read_card` gave.
         subset: a name from the card's `configs`, a folder, or a file's stem; "" = the default.
-        name: the data set's name, for messages.
+        name: OWNER/NAME, for messages.
 
     Raises:
         DataError: data-subset, if a subset must be named or has another name.
@@ -97,7 +97,7 @@ def choose_copies(answer: Answer, subset: str, name: str) -> Choice:
             found.setdefault(match[1], {}).setdefault(match[2], []).append(one)
     if not found:
         return Choice((), {})
-    splits = found[_pick(subset, found, "default", name)]
+    splits = _ordered(found[_pick(subset, found, "default", name)])
     return Choice(tuple(one for some in splits.values() for one in some), splits)
 
 
@@ -209,4 +209,14 @@ def _splits_of_shards(names: Sequence[str]) -> dict[str, list[str]]:
         if match is None:
             return {}
         splits.setdefault(match[1], []).append(name)
-    return splits
+    return _ordered(splits)
+
+
+def _ordered(splits: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Training data first, then validation, then test, then the rest."""
+    known = ("train", "validation", "test")
+    place = {
+        split: next((n for n, word in enumerate(known) if split.startswith(word)), len(known))
+        for split in splits
+    }
+    return {split: splits[split] for split in sorted(splits, key=lambda split: place[split])}

@@ -219,7 +219,7 @@ def _fill_from(
     ask, token = _asker(kind, wanted)
     answer = ask("main")
     card = _card_of(answer, token)
-    choice = choose(answer, card, wanted.subset, wanted.name)
+    choice = choose(answer, card, wanted.subset, wanted.repo)
     if not choice.names:
         answer, choice = _copies(kind, wanted, answer, ask, say)
     files = answer.files(choice.names)
@@ -279,7 +279,7 @@ def _copies(
     if kind != "modelscope":
         try:
             copies = ask(COPIES)
-            choice = choose_copies(copies, wanted.subset, wanted.name)
+            choice = choose_copies(copies, wanted.subset, wanted.repo)
         except DataError as error:
             if error.code != "hub-not-found":
                 raise

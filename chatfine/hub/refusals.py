@@ -203,9 +203,7 @@ def without_password(proxy: str) -> str:
     return scheme + separator + rest.rpartition("@")[2]
 
 
-def unreachable(
-    url: str, error: BaseException, repository: Repository = MODEL
-) -> ChatfineError:
+def unreachable(url: str, error: BaseException, repository: Repository = MODEL) -> ChatfineError:
     """The error for a host that can't be reached."""
     reason = getattr(error, "reason", "") or error
     why = str(reason) or type(error).__name__
@@ -214,7 +212,8 @@ def unreachable(
         return repository.refuse(
             "hub-certificate", t("the certificate of {host} is not trusted", host=host(url)), url,
             [t("if your network opens encrypted traffic, set SSL_CERT_FILE to its certificate"),
-             t("else check this machine's clock, and run pip install --upgrade certifi")],
+             t("else check this machine's clock; on macOS run Install Certificates.command of your "
+               "Python")],
             why=why,
         )  # fmt: skip
     if proxy:

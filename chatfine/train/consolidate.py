@@ -74,4 +74,3 @@ def _best(run: Path) -> Checkpoint:
         )
     best = newest.state.get("best_step")
     return (store.at(int(best)) if best else None) or newest
-

@@ -81,21 +81,19 @@ def decide(
     checkpointing = config.checkpointing == "full"
     wanted = Decisions(
         device.type, dtype, rows, config.accumulate, packing, checkpointing, processes,
-        _sharding(config.sharding, config.method, processes),
+        _sharding(config.sharding, processes),
     )  # fmt: skip
     decisions = _fit(prepared, shapes, device, wanted)
     write_json(kept, {"asked": asked, "decided": dataclasses.asdict(decisions)})
     return decisions
 
 
-def _sharding(wanted: str, method: str, processes: int) -> str:
-    """How the weights are shared out: full where all of them learn; an adapter's base stays whole
-    as long as it fits (`_fit` goes on from there)."""
-    if processes == 1:
+def _sharding(wanted: str, processes: int) -> str:
+    """How the weights are shared out; auto keeps them whole, which is fastest, as long as they fit
+    (`_fit` goes on from there)."""
+    if processes == 1 or wanted == "auto":
         return "none"
-    if wanted != "auto":
-        return wanted
-    return "full" if method in ("full", "freeze") else "none"
+    return wanted
 
 
 def _regroup(earlier: Decisions, processes: int, prepared: Prepared) -> Decisions:
@@ -118,7 +116,7 @@ def _regroup(earlier: Decisions, processes: int, prepared: Prepared) -> Decision
     each = total // processes
     rows = max(n for n in range(1, earlier.rows + 1) if each % n == 0)
     config = prepared.config
-    sharding = _sharding(config.sharding, config.method, processes)
+    sharding = _sharding(config.sharding, processes)
     if config.sharding == "auto" and processes > 1 and earlier.sharding == "full":
         sharding = "full"  # it did not fit otherwise
     return dataclasses.replace(

@@ -43,6 +43,8 @@ class Group:
     rank: int = 0
     size: int = 1
     watch: Watch | None = None
+    ours: bool = False
+    """whether torch's group was made here, and so ends here; not by Ray Train"""
 
     @property
     def alone(self) -> bool:
@@ -142,7 +144,7 @@ class Group:
             if failure:
                 self.watch.fail(failure)
             self.watch.close()
-        if failure is None and not self.alone and dist.is_initialized():
+        if failure is None and self.ours and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -174,10 +176,11 @@ def join(backend: str = "auto", device: str = "auto") -> Group:
     chosen = _backend(backend, on_gpu)
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():  # Ray Train has done it already
+    ours = not dist.is_initialized()  # else Ray Train has done it
+    if ours:
         both = f"cpu:gloo,cuda:{chosen}" if on_gpu else "gloo"
         dist.init_process_group(both, rank=rank, world_size=size)
-    return Group(rank, size, Watch.start(rank, size))
+    return Group(rank, size, Watch.start(rank, size), ours)
 
 
 def _backend(wanted: str, on_gpu: bool) -> str:

@@ -300,6 +300,7 @@ def test_an_unknown_model(fake_hub: FakeHub, tmp_path: Path) -> None:
     assert error.code == "no-model"
     assert error.what == "no hub has a model called acme/nothing"
     assert "chatfine models" in " ".join(error.fix)
+    assert "if it is a data set: chatfine download acme/nothing --kind dataset" in error.fix
     assert tree(tmp_path / "home") == {}
 
 

@@ -33,7 +33,9 @@ configs:
 
 
 def rows(*questions: str) -> bytes:
-    return "".join(json.dumps({"question": q, "answer": q[::-1]}) + "\n" for q in questions).encode()
+    return "".join(
+        json.dumps({"question": q, "answer": q[::-1]}) + "\n" for q in questions
+    ).encode()
 
 
 def parquet(*questions: str) -> bytes:
@@ -193,7 +195,10 @@ def test_the_parquet_copies_of_the_hub(fake_hub: FakeHub, own: dict[str, bytes])
 @pytest.mark.parametrize(
     ("own", "why"),
     [
-        ({"talks.py": b""}, "it only has a program that makes the rows; such programs are never run"),
+        (
+            {"talks.py": b""},
+            "it only has a program that makes the rows; such programs are never run",
+        ),
         ({"a.zip": b""}, "it has no parquet, arrow, JSON or CSV files"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import ssl
 import urllib.error
 from pathlib import Path
 
@@ -187,6 +188,15 @@ def test_a_proxy_that_breaks_downloads(
         "or go around it: set NO_PROXY=127.0.0.1",
     )
     assert "secret" not in str(error)
+
+
+def test_a_certificate_that_is_not_trusted() -> None:
+    """A company that opens encrypted traffic, or a wrong clock."""
+    cause = urllib.error.URLError(ssl.SSLCertVerificationError("self-signed certificate"))
+    error = refusals.unreachable("https://hub.example/api", cause)
+    assert error.code == "hub-certificate"
+    assert error.what == "the certificate of hub.example is not trusted"
+    assert "SSL_CERT_FILE" in error.fix[0]
 
 
 def test_the_mirror_is_not_given_the_token_but_says_how(

@@ -29,8 +29,14 @@ RUNS: dict[str, Job] = {
     "lora sharded": {"sharding": "full", "checkpointing": "full"},
     "lora on int8, sharded": {"sharding": "gradients", "quantize": "int8", "load": "rank0"},
     "full": {"method": "full", "sharding": "none", **LOW},
-    "full sharded": {"method": "full", **LOW},
-    "the last layer sharded": {"method": "freeze", "freeze_layers": 1, "load": "rank0", **LOW},
+    "full sharded": {"method": "full", "sharding": "full", **LOW},
+    "the last layer sharded": {
+        "method": "freeze",
+        "freeze_layers": 1,
+        "sharding": "full",
+        "load": "rank0",
+        **LOW,
+    },
 }
 
 

@@ -173,8 +173,8 @@ class TrainConfig(ModelOptions, DataOptions):
     output: str = Field(default="", json_schema_extra=_aliases("-o"))
     """run folder to write; must be new"""
     method: Literal["lora", "dora", "rows", "full", "freeze", "prefix", "llama-adapter"] = "lora"
-    """what learns: low-rank adapters, only the rows of new vocabulary, all weights, the last layers,
-    or learned prefixes"""
+    """what learns: low-rank adapters, only the rows of new vocabulary, all weights, the last
+    layers, or learned prefixes"""
     quantize: Literal["none", "int8", "nf4"] = "none"
     """store the frozen weights in 8 or 4 bits; adapters stay exact"""
     rank: Positive = 8

@@ -82,8 +82,8 @@ def launch(own: argparse.Namespace, values: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def main(argv: list[str]) -> int:
-    """Read the flags, Ray's first; returns the exit code."""
+def read(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Ray's flags, and the words that are those of `chatfine train`."""
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -91,7 +91,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--retries", type=int, default=0)
-    own, words = parser.parse_known_args(argv)
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Check all settings, then let Ray start; returns the exit code."""
+    own, words = read(argv)
 
     def do(_switches: set[str], words: list[str]) -> None:
         values, where = settings("train", words)

@@ -248,8 +248,8 @@ def _fingerprint(parts: Sequence[Examples]) -> str:
     """A hash of what is learned from, so that it stays when only the program has changed."""
     total = hashlib.sha256()
     for part in parts:
-        for array in (part.ids, part.mask, part.offsets):
-            total.update(np.ascontiguousarray(array).tobytes())
+        for numbers in (part.ids, part.mask, part.offsets):
+            total.update(np.ascontiguousarray(numbers).tobytes())
     return total.hexdigest()[:32]
 
 

@@ -34,6 +34,7 @@ def commands(path: Path) -> list[list[str]]:
     inline = re.findall(r"`(chatfine [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     lines = [line for block in fenced for line in block.strip().splitlines()] + inline
     pieces = [part.strip() for line in lines for part in line.split("&&")]
+    pieces = [part.partition(" -m ")[2] if part.startswith("torchrun") else part for part in pieces]
     return [
         shlex.split(part)[1:] for part in pieces if part.startswith("chatfine ") and "…" not in part
     ]

@@ -68,6 +68,16 @@ def convert(source: PathLike, output: PathLike, **settings: Any) -> Result:
     return _call("convert", source=source, output=output, **settings)
 
 
+def expand_vocab(model: PathLike, output: PathLike = "", **settings: Any) -> Result:
+    """Give a tokenizer pieces it lacks (`preset="hanzi"`, or `corpus=FILE, size=N`), and the model
+    their rows; with `advise=True` only say whether that pays.
+
+    Raises:
+        Refused: nothing to add, or files that can't be used; nothing is written.
+    """
+    return _call("expand-vocab", model=model, output=output, **settings)
+
+
 def tokens(text: str = "", *, model: PathLike, **settings: Any) -> Result:
     """How a text (or, with `messages=FILE`, a dialogue) becomes tokens: pieces, ids, mask."""
     return _call("tokens", text=text, model=model, **settings)

@@ -124,7 +124,7 @@ def test_a_recipe_and_flags_on_top(fake: Any, tmp_path: Path) -> None:
         ([*TRAIN, "--rank", "--seed", "1"], "no-value", "--rank", "--rank=VALUE"),
         ([*TRAIN, "--no-overwrite=1"], "flag-value", "--no-overwrite", ""),
         ([*TRAIN, "--no-rank"], "unknown-flag", "--no-rank", ""),
-        ([*TRAIN, "--method", "lara"], "bad-setting", "lora, dora, full, freeze", "lora?"),
+        ([*TRAIN, "--method", "lara"], "bad-setting", "lora, dora, rows, full, freeze", "lora?"),
         (["data", "chek", "x"], "bad-setting", "check, show", "did you mean check?"),
         (["tokens", "two", "words", "-m", "m"], "extra-word", "words", "quotes"),
         (["chat", "a", "--model", "b", "c"], "extra-word", "'c'", ""),
@@ -299,7 +299,7 @@ def test_help_shows_every_setting(
 def test_help_shows_choices_and_defaults() -> None:
     page = " ".join(helptext.command_help(
         "train", cli.COMMANDS["train"], flags.flags_of(TrainConfig)).split())  # fmt: skip
-    assert "--method lora|dora|full|freeze" in page
+    assert "--method lora|dora|rows|full|freeze|prefix|llama-adapter" in page
     assert "rank of the adapter [8]" in page
     assert "--[no-]overwrite replace the output folder [no]" in page
     assert "-o, --output OUTPUT" in page

@@ -51,7 +51,7 @@ def test_every_function_is_documented_and_annotated() -> None:
 
 
 def test_every_command_has_a_function() -> None:
-    other = {"eval": "evaluate", "data": "check_data"}
+    other = {"eval": "evaluate", "data": "check_data", "expand-vocab": "expand_vocab"}
     assert {other.get(name, name) for name in cli.COMMANDS} <= set(cf.__all__)
 
 

@@ -28,7 +28,7 @@ from chatfine.export.merge_logits import (
     merged_model,
     tuned_logits,
 )
-from chatfine.export.merge_weights import Merging, write_json
+from chatfine.export.merge_weights import HEAD, Merging, write_json
 from chatfine.hub.folder import read_model_folder
 from chatfine.hub.place import check_output, put_in_place
 from chatfine.i18n import t
@@ -171,6 +171,8 @@ def _prints(job: Merging, model: Any) -> dict[str, bytes]:
     """A hash of every weight as it must stand in the files, that is after rounding."""
     rounded = job.rounded.names if job.rounded is not None else frozenset()
     formats = {name: job.out_dtype(name) for name in job.changes.keys() | rounded}
+    if job.base.tied and not job.untied and job.embedding in formats:
+        formats.setdefault(HEAD, formats[job.embedding])  # one weight, which has two names here
     prints = {}
     for name, tensor in _state(model):
         own = find_parameter(name, formats)

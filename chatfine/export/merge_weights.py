@@ -55,6 +55,7 @@ class Merging:
                 raise _misfit(adapter, t("the base has no parameter {name}", name=name))
             self.changes[found] = change
         embedding = next((n for n in base.tensors if n.endswith(_EMBEDDINGS)), "")
+        self.embedding = embedding
         self._share_rows(embedding)
         ends = [name for name in (embedding, HEAD) if name in self.changes]
         # PEFT ties a head to trained rows, but not to an adapter on one of the two

@@ -105,6 +105,23 @@ def test_weights_stored_transposed(tmp_path: Path, make_adapter: Make, tiny: Pat
     assert (logits(load(tmp_path / "out")) - wanted).abs().max() < 1e-3
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ties", ["untied", "tied"])
+def test_token_rows_are_rounded_to_the_bases_own_format(
+    ties: str, tiny: Path, tied: Path, make_adapter: Make, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = shutil.copytree(tied if ties == "tied" else tiny, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    adapter = make_adapter(base, **KINDS["token rows"])
+    result = merge(base, adapter, tmp_path / "out", None, PROMPTS)
+    assert result.dtype == "bfloat16"
+    assert result.gap < 1e-3 < result.rounding_gap
+    old, new = (load(one).get_input_embeddings().weight for one in (base, tmp_path / "out"))
+    assert (old != new).any(dim=1).nonzero().flatten().tolist() == [3, 250]
+
+
 def test_rounding_to_bf16_is_reported_and_exact(
     tiny: Path, make_adapter: Make, tmp_path: Path
 ) -> None:

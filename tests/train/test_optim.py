@@ -117,3 +117,77 @@ def test_every_generator_goes_on_where_it_was() -> None:
     draw()
     set_rng_tensors(states, CPU)
     assert [draw() for _ in range(3)] == first
+
+
+# -- bf16 states -----------------------------------------------------------------------------------
+
+
+def fit(kind: str, dtype: torch.dtype, kahan: bool = False, steps: int = 300) -> float:
+    """Distance to the target after some steps of a least-squares problem."""
+    torch.manual_seed(0)
+    target = torch.randn(64, 64)
+    weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=dtype))
+    optimizer = make_optimizer({"w": weight}, 0.0, torch.device("cpu"), kind, kahan)
+    for step in range(steps):
+        optimizer.zero_grad()
+        ((weight.float() - target) ** 2).mean().backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-2 * (1 - step / steps)
+        optimizer.step()
+    return float((weight.detach().float() - target).norm() / target.norm())
+
+
+def test_bf16_moments_learn_what_float32_moments_learn() -> None:
+    exact = fit("adamw", torch.float32)
+    assert fit("anyprecision", torch.float32) < exact + 0.01
+
+
+@pytest.mark.parametrize("kahan", [False, True])
+def test_bf16_weights_learn_what_float32_weights_learn(kahan: bool) -> None:
+    exact = fit("adamw", torch.float32)
+    assert fit("adamw", torch.bfloat16) > exact + 0.03, "what rounding to nearest loses"
+    assert fit("anyprecision", torch.bfloat16, kahan) < exact + 0.01
+
+
+def test_small_updates_of_bf16_weights_are_not_lost() -> None:
+    """1 + 1e-4 is 1 in bf16; a hundred such updates together are not."""
+    for kahan in (False, True):
+        torch.manual_seed(1)
+        weight = torch.nn.Parameter(torch.ones(4096, 1, dtype=torch.bfloat16))
+        optimizer = make_optimizer({"w": weight}, 0.0, torch.device("cpu"), "anyprecision", kahan)
+        optimizer.param_groups[0]["lr"] = 1e-4
+        for _ in range(100):
+            weight.grad = torch.full_like(weight, -1.0)
+            optimizer.step()
+        assert weight.float().mean().item() == pytest.approx(1.01, abs=4e-3)  # half a bf16 step
+
+
+def test_rounding_is_right_on_average() -> None:
+    from chatfine.train.optim import store
+
+    torch.manual_seed(0)
+    value = torch.full((200_000,), 1.0 + 0.3 * 2**-7)  # 3/10 of the way to the next bf16
+    target = torch.empty_like(value, dtype=torch.bfloat16)
+    store(target, value)
+    assert set(target.float().tolist()) == {1.0, 1.0 + 2**-7}
+    assert target.float().mean().item() == pytest.approx(value[0].item(), abs=1e-4)
+
+
+def test_bf16_states_go_on_after_a_restart() -> None:
+    weight = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+    optimizer = make_optimizer({"w": weight}, 0.0, torch.device("cpu"), "anyprecision", True)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    weight.grad = torch.randn(8, 8).to(torch.bfloat16)
+    optimizer.step()
+    saved = {name: value.clone() for name, value in
+             optimizer_tensors(optimizer, {"w": weight}).items()}  # fmt: skip
+    assert {name.partition("|")[2] for name in saved} == {"step", "exp_avg", "exp_avg_sq", "lost"}
+    again = torch.nn.Parameter(weight.detach().clone())
+    other = make_optimizer({"w": again}, 0.0, torch.device("cpu"), "anyprecision", True)
+    other.param_groups[0]["lr"] = 1e-2
+    load_optimizer_tensors(other, {"w": again}, saved)
+    for one, optim in ((weight, optimizer), (again, other)):
+        torch.manual_seed(5)
+        one.grad = torch.full((8, 8), 0.5, dtype=torch.bfloat16)
+        optim.step()
+    assert torch.equal(weight, again)

@@ -38,6 +38,10 @@ def expand(config: ExpandConfig) -> dict[str, Any]:
     Raises:
         Refused: what can't grow, nothing to add, a taken output folder; nothing is left behind.
     """
+    if config.preset == "none" and not config.corpus and config.output:
+        grown = _catch_up(config)
+        if grown is not None:
+            return grown
     _check(config)
     folder = find_model(config.model)
     model = _model_in(folder)
@@ -68,6 +72,27 @@ def expand(config: ExpandConfig) -> dict[str, Any]:
     if result is None and rows:
         console.say(t("there are no weights in {path}: only the tokenizer has grown", path=folder))
     return {"output": str(output), "kind": base.kind, "form": config.form} | shown | found
+
+
+def _catch_up(config: ExpandConfig) -> dict[str, Any] | None:
+    """Grow only the model, where its tokenizer has grown already; None where there is no need.
+
+    That is so when a grown tokenizer was copied into a model folder by hand.
+    """
+    folder = find_model(config.model)
+    model = _model_in(folder)
+    if model is None or ChatTokenizer.load(folder).size <= model.vocab_size:
+        return None
+    output = Path(config.output)
+    check_output(output, config.overwrite, (folder,))
+    from chatfine.model.rows import grow
+
+    console.say(t("growing embedding and head of {path} …", path=folder))
+    result = grow(folder, folder, output, config.init, config.init_output,
+                  overwrite=config.overwrite)  # fmt: skip
+    console.say(t("written: {path}", path=output))
+    return {"output": str(output), "old_size": result.old_rows, "new_size": result.rows,
+            "rows": result.rows, "added_parameters": result.added_parameters}  # fmt: skip
 
 
 def _check(config: ExpandConfig) -> None:

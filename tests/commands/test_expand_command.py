@@ -12,6 +12,10 @@ import pytest
 
 from chatfine import console
 from chatfine.cli import main
+from chatfine.commands.expand import expand
+from chatfine.config import ExpandConfig
+from chatfine.errors import ModelError, UsageError
+from chatfine.hub.folder import check_vocabulary, read_model_folder
 from chatfine.hub.headers import read_tensors
 from chatfine.tokenizer.encode import ChatTokenizer
 
@@ -216,3 +220,23 @@ def test_refusals_do_not_wait_for_torch(llama2: Path, tmp_path: Path) -> None:
         "assert code == 0; assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_tokenizer_copied_in_by_hand_gets_its_rows(tiny: Path, tmp_path: Path) -> None:
+    """What the error of a model whose tokenizer has grown advises."""
+    grown, model, output = (tmp_path / name for name in ("grown", "model", "output"))
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for file in tiny.glob("tokenizer*"):
+        shutil.copyfile(file, tokenizer / file.name)
+    expand(ExpandConfig(model=str(tokenizer), preset="hanzi", output=str(grown)))
+    shutil.copytree(tiny, model)
+    shutil.copytree(grown, model, dirs_exist_ok=True)
+    size = ChatTokenizer.load(model).size
+    with pytest.raises(ModelError, match="embedding only") as caught:
+        check_vocabulary(read_model_folder(model), size)
+    assert f"chatfine expand-vocab -m {model} -o NEW_FOLDER" in caught.value.fix[0]
+    expand(ExpandConfig(model=str(model), output=str(output)))
+    check_vocabulary(read_model_folder(output), ChatTokenizer.load(output).size)
+    with pytest.raises(UsageError, match="either --preset"):
+        expand(ExpandConfig(model=str(output), output=str(tmp_path / "again")))

@@ -136,7 +136,9 @@ def _processes(backend: str, device: str) -> Iterator[Group | None]:
     try:
         yield group
     except ChatfineError as error:
-        group.leave(str(error))
+        # all stop together, so none is missed by the others
+        together = isinstance(error, (Stopped, Interrupted))
+        group.leave("" if together else str(error))
         if is_main_process() or group.watch is None:
             raise
         raise SystemExit(error.exit_code) from None

@@ -241,6 +241,30 @@ def test_a_stopped_process_ends_all_by_name(long_run: Callable[..., Job], tmp_pa
     assert "was stopped" in printed[0]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_a_signal_saves_and_ends_both_once(long_run: Callable[..., Job], tmp_path: Path) -> None:
+    """Only one of them hears it: they agree at the end of the step."""
+    import signal
+
+    processes = start([long_run()], tmp_path)
+    run = tmp_path / "run"
+    lines = run / "metrics.jsonl"
+    for _ in range(600):
+        if lines.exists() and lines.read_text().count("\n") >= 2:
+            break
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    printed = finish(processes, seconds=60)
+    assert [process.returncode for process in processes] == [75, 75]
+    assert printed[0].count("everything is saved") == 1
+    assert "process-lost" not in "".join(printed)
+    assert "error" not in printed[1]
+    newest, skipped = CheckpointStore(run / "checkpoints").newest()
+    assert newest is not None
+    assert skipped == []
+    assert newest.step == len([line for line in lines.read_text().splitlines() if '"loss"' in line])
+
+
 def test_a_refusal_is_said_once_and_ends_both(tiny: Path, data: Path, tmp_path: Path) -> None:
     config = settings(tiny, data, tmp_path / "run", sharding="full", dtype="fp16")
     processes = start([{"settings": config.model_dump(mode="json")}], tmp_path)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from chatfine import __version__
-from chatfine.errors import ProofError, ResourceError
+from chatfine.errors import ProofError
 from chatfine.export.adapter import FACTS, find_parameter, read_adapter
 from chatfine.export.merge_logits import (
     Choice,
@@ -30,7 +30,7 @@ from chatfine.export.merge_logits import (
 )
 from chatfine.export.merge_weights import HEAD, Merging, write_json
 from chatfine.hub.folder import read_model_folder
-from chatfine.hub.place import check_output, put_in_place
+from chatfine.hub.place import check_disk, check_output, put_in_place
 from chatfine.i18n import t
 from chatfine.model.load import load_model
 from chatfine.tokenizer.encode import ChatTokenizer
@@ -88,7 +88,7 @@ def merge(
     job = Merging(read_model_folder(model), read_adapter(adapter), dtype)
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
-    _check_disk(output, job)
+    check_disk(output, sum(size for _, _, size in job.plan))
     prompts = [list(ids[:PROOF_TOKENS]) for ids in prompts if ids]
     if rows := job.changed_rows:  # no prompt may hold them
         prompts.append(rows[:: -(-len(rows) // PROOF_TOKENS)])
@@ -104,18 +104,6 @@ def merge(
         shutil.rmtree(staged, ignore_errors=True)
         raise
     return result
-
-
-def _check_disk(output: Path, job: Merging) -> None:
-    place = next(folder for folder in output.absolute().parents if folder.exists())
-    needed, free = sum(size for _, _, size in job.plan), shutil.disk_usage(place).free
-    if needed > free:
-        raise ResourceError(
-            "disk-full",
-            t("the merged model needs {need:.1f} GB of disk; {free:.1f} GB are free at {path}",
-              need=needed / 1e9, free=free / 1e9, path=place),
-            fix=t("free some space, or choose another disk with --output"),
-        )  # fmt: skip
 
 
 def _prove(job: Merging, staged: Path, prompts: Sequence[Sequence[int]]) -> MergeResult:

@@ -7,7 +7,6 @@ pth_process.py. The way back is in to_meta.py.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,8 @@ from chatfine.hub.meta_layout import (
     plan_join,
     read_shape,
 )
+from chatfine.hub.place import check_disk
 from chatfine.hub.pth_process import PthProcess, check_pth
-from chatfine.hub.refusals import disk_full
 from chatfine.hub.shards import write_json
 from chatfine.i18n import t
 
@@ -179,9 +178,3 @@ def counter(progress: Progress, total: int) -> Callable[[int], None]:
         progress(done, total)
 
     return count
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Refuse a disk with less than `needed` bytes free."""
-    if shutil.disk_usage(folder).free < needed:
-        raise disk_full(folder, needed)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from chatfine.errors import OutputError
+from chatfine.errors import OutputError, ResourceError
 from chatfine.i18n import t
 
 TOKENIZER_FILES = (
@@ -83,3 +83,27 @@ def put_in_place(staged: Path, output: Path) -> None:
         output.rename(old)
     staged.rename(output)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Free space where `path` is or will be."""
+    path = path.absolute()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def check_disk(output: Path, needed_bytes: float) -> None:
+    """Refuse an output that would not fit on its disk.
+
+    Raises:
+        ResourceError: disk-full, with both sizes.
+    """
+    free = free_disk_bytes(output)
+    if free < needed_bytes:
+        raise ResourceError(
+            "disk-full",
+            t("this needs {need:.1f} GB of disk; {free:.1f} GB are free at {path}",
+              need=needed_bytes / 1e9, free=free / 1e9, path=output),
+            fix=t("free some space, or choose another disk with --output"),
+        )  # fmt: skip

@@ -12,8 +12,9 @@ from chatfine import __version__
 from chatfine.errors import ModelError
 from chatfine.hub.folder import ModelFolder
 from chatfine.hub.llama import LlamaShape
-from chatfine.hub.meta import FACTS, ITEM_BYTES, Progress, check_disk, counter
+from chatfine.hub.meta import FACTS, ITEM_BYTES, Progress, counter
 from chatfine.hub.meta_layout import CUT, hf_name, inner_params, rotary_heads, tensor_shapes
+from chatfine.hub.place import check_disk
 from chatfine.hub.pth_process import PthProcess
 from chatfine.hub.shards import write_json
 from chatfine.i18n import t

@@ -29,9 +29,9 @@ import torch
 from safetensors import safe_open
 
 from chatfine import __version__
-from chatfine.errors import ModelError, ResourceError, TokenizerError, UsageError
+from chatfine.errors import ModelError, TokenizerError, UsageError
 from chatfine.hub.folder import ModelFolder, read_model_folder
-from chatfine.hub.place import check_output, put_in_place
+from chatfine.hub.place import check_disk, check_output, put_in_place
 from chatfine.hub.shapes import EMBEDDINGS
 from chatfine.hub.vocabulary import FILE, Vocabulary, read_vocabulary
 from chatfine.i18n import t
@@ -107,7 +107,7 @@ def grow(
     _check_pair(base, tokenizer, vocabulary)
     total = max(-(-vocabulary.new_size // multiple) * multiple, base.vocab_size)
     growth = _growth(base, vocabulary, (init, init_output), total, seed)
-    _check_disk(output, sum(tensor.bytes for tensor in plan_weights(base, growth)))
+    check_disk(output, sum(tensor.bytes for tensor in plan_weights(base, growth)))
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -230,18 +230,6 @@ def _ungrowable(code: str, name: str, why: str) -> ModelError:
         code, t("{name} can't get new rows", name=name), why=why,
         fix=t("use the model in a plain format (bf16, fp16 or fp32 safetensors)"),
     )  # fmt: skip
-
-
-def _check_disk(output: Path, needed: int) -> None:
-    place = next(folder for folder in output.parents if folder.exists())
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise ResourceError(
-            "disk-full",
-            t("the grown model needs {need:.1f} GB of disk; {free:.1f} GB are free at {path}",
-              need=needed / 1e9, free=free / 1e9, path=place),
-            fix=t("free some space, or choose another disk with --output"),
-        )  # fmt: skip
 
 
 def _write_rest(

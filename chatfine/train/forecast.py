@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from chatfine import console
+from chatfine.hub.place import check_disk
 from chatfine.i18n import t
 from chatfine.train import machine
 from chatfine.train import plan as planning
 from chatfine.train.decisions import Decisions, work_of
-from chatfine.train.prepare import Prepared, check_disk
+from chatfine.train.prepare import Prepared
 
 
 def predict(

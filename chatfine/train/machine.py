@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -67,12 +66,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
-
-
-def free_disk_bytes(path: Path) -> int:
-    """Free space where `path` is or will be."""
-    import shutil
-
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free

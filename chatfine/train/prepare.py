@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from chatfine import __version__
 from chatfine.data import sources
 from chatfine.data.examples import DataSettings, Splits, load_examples
-from chatfine.errors import OutputError, ResourceError, UsageError
+from chatfine.errors import OutputError, UsageError
 from chatfine.hub.catalog import find_model
 from chatfine.hub.folder import ModelFolder, check_vocabulary, read_model_folder
 from chatfine.i18n import t
 from chatfine.runtime import home
 from chatfine.tokenizer.encode import ChatTokenizer
-from chatfine.train import machine
 from chatfine.train import plan as planning
 from chatfine.train.methods import LLAMA_ADAPTER_LAYERS, check_method
 from chatfine.train.rows import learning_rows
@@ -234,22 +233,6 @@ def needed_disk_bytes(prepared: Prepared) -> float:
         learning_layers(config, model), config.learned_tokens,
     )  # fmt: skip
     return planning.disk_bytes(learning + prepared.row_parameters, config.keep)
-
-
-def check_disk(run: Path, needed_bytes: float) -> None:
-    """Refuse a run whose checkpoints would not fit.
-
-    Raises:
-        ResourceError: with both sizes.
-    """
-    free = machine.free_disk_bytes(run)
-    if free < needed_bytes:
-        raise ResourceError(
-            "disk-full",
-            t("the run needs {need:.1f} GB of disk; {free:.1f} GB are free at {path}",
-              need=needed_bytes / 1e9, free=free / 1e9, path=run),
-            fix=t("free some space, or choose another disk with --output"),
-        )  # fmt: skip
 
 
 def create_run(prepared: Prepared) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from chatfine import console
 from chatfine.console import is_main_process
 from chatfine.errors import ChatfineError, Interrupted, OutputError, Refused, Stopped
+from chatfine.hub.place import check_disk
 from chatfine.i18n import t
 from chatfine.runtime import launched
 from chatfine.train.prepare import (
@@ -23,7 +24,6 @@ from chatfine.train.prepare import (
     LOCK_FILE,
     RESULT_FILE,
     Prepared,
-    check_disk,
     check_output,
     create_run,
     needed_disk_bytes,

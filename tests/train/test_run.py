@@ -345,7 +345,7 @@ def test_a_refused_run_leaves_nothing_behind(
 def test_too_little_disk_is_refused_with_both_sizes(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chatfine.train.machine.free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr("chatfine.hub.place.free_disk_bytes", lambda path: 1000)
     with pytest.raises(ResourceError) as caught:
         train(configure(method="full"))
     assert caught.value.code == "disk-full"

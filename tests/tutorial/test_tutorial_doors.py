@@ -90,11 +90,7 @@ class Typed:
 def typed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Typed]:
     """Every command of the tutorial but torchrun's, one after the other, at a terminal."""
     pty = pytest.importorskip("pty", reason="Windows has no pseudo terminal to type into")
-    from chatfine.cli import COMMANDS
-
-    lines = [CHAT, TYPED, TRAIN, MERGE, MERGE, NEW]
-    if "expand-vocab" in COMMANDS:
-        lines += [GROW, f"python {EXPAND}", CHINESE]
+    lines = [CHAT, TYPED, TRAIN, MERGE, MERGE, NEW, GROW, f"python {EXPAND}", CHINESE]
     scratch = tmp_path_factory.mktemp("typed")
     (scratch / "lines.json").write_text(json.dumps(lines), encoding="utf-8")
     keyboard, terminal = pty.openpty()
@@ -174,8 +170,6 @@ def test_the_new_model_answers_a_dialogue_of_the_training_data(typed: dict[str, 
 def test_the_vocabulary_grows_to_the_tutorials_size(
     typed: dict[str, Typed], repository: Path
 ) -> None:
-    if GROW not in typed:
-        pytest.skip("there is no command expand-vocab yet")
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(repository / "new_token" / "tokenizer.json"))
@@ -189,8 +183,6 @@ def test_the_vocabulary_grows_to_the_tutorials_size(
 def test_a_model_whose_tokenizer_was_copied_in_by_hand_is_grown_and_trained(
     typed: dict[str, Typed], repository: Path
 ) -> None:
-    if CHINESE not in typed:
-        pytest.skip("there is no command expand-vocab yet")
     assert "a copy of the model gets the rows that lack" in typed[CHINESE].text
     assert "qa_huatuo.py" in typed[CHINESE].text
     assert (repository / "OUT" / "adapter_model.safetensors").is_file()

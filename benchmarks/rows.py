@@ -20,7 +20,7 @@ from torch import nn
 
 from chatfine import console
 from chatfine.data.batches import collate
-from chatfine.model import adapters, fast, learned_rows
+from chatfine.model import adapters, attention, fast, learned_rows
 from chatfine.runtime import pick_device
 from chatfine.train.machine import peak_memory_bytes
 from chatfine.train.optim import make_optimizer
@@ -61,7 +61,7 @@ def build(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    fast.install(model)
+    attention.install(model)
     return model
 
 

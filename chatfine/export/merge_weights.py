@@ -21,7 +21,7 @@ from chatfine.export.adapter import Adapter, Change, find_parameter
 from chatfine.hub.folder import ModelFolder
 from chatfine.hub.headers import INDEX
 from chatfine.i18n import t
-from chatfine.model.frozen import STORAGES
+from chatfine.model.storages import STORAGES
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.tokenizer.files import agree_on_end, copy_tokenizer
 

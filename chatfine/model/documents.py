@@ -8,7 +8,8 @@ import torch
 
 from chatfine.errors import ModelError
 from chatfine.i18n import t
-from chatfine.model.fast import ATTENTION, LossModel, _model_inputs, causal_model
+from chatfine.model.attention import ATTENTION
+from chatfine.model.fast import LossModel, _model_inputs, causal_model
 from chatfine.types import IGNORE_INDEX, Batch
 
 MAX_GAP = 1e-3

@@ -17,7 +17,7 @@ import torch
 from chatfine.errors import ModelError
 from chatfine.hub.headers import read_tensors
 from chatfine.i18n import t
-from chatfine.model import fast, stream
+from chatfine.model import attention, stream
 from chatfine.model.frozen import FrozenLinear, linears_to_freeze
 
 
@@ -61,7 +61,7 @@ def load_model(
         model = _whole(path, dtype).to(device)
     else:
         model = _quantized(path, dtype, torch.device(device), quantize)
-    fast.install(model)
+    attention.install(model)
     return model.eval()
 
 

@@ -9,7 +9,6 @@ wherever something is not plain (DoRA, dropout, several adapters, biased bases).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chatfine.model.frozen import FrozenLinear
+from chatfine.model.storages import PLAIN, STORAGES, Storage
 
 
 def install(model: nn.Module) -> int:
@@ -70,26 +70,21 @@ class _Fused:
             return result
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
         base = module.base_layer
-        unpack: Callable[[Any, torch.dtype], torch.Tensor] = _as_it_is
-        packed: tuple[torch.Tensor, ...] = (base.weight,)
+        storage, packed = PLAIN.name, (base.weight,)
         if isinstance(base, FrozenLinear):
-            unpack, packed = base.unpack, base.packed
+            storage, packed = base.storage.name, base.packed
         else:
             x = x.to(base.weight.dtype)
         fused: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-            x, a, b, module.scaling[name], unpack, *packed
+            x.reshape(-1, x.shape[-1]), a, b, module.scaling[name], storage, *packed
         )
-        return fused
-
-
-def _as_it_is(packed: tuple[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    return packed[0]
+        return fused.view(*x.shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + s (x Aᵀ) Bᵀ with W (out, in) frozen, A (rank, in), B (out, rank).
+    """y = x Wᵀ + s (x Aᵀ) Bᵀ with x (N, in), W (out, in) frozen, A (rank, in), B (out, rank).
 
-    `unpack(packed, dtype)` gives W; only what is packed is kept for the backward pass.
+    Only what is packed is kept of W for the backward pass.
     """
 
     @staticmethod
@@ -99,29 +94,30 @@ class _LoraLinear(torch.autograd.Function):
         a: torch.Tensor,
         b: torch.Tensor,
         scale: float,
-        unpack: Callable[[Any, torch.dtype], torch.Tensor],
+        storage: str,
         *packed: torch.Tensor,
     ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        a_low, b_low = a.to(rows.dtype), b.to(rows.dtype)
-        inner = F.linear(rows, a_low)  # (N, rank)
-        y = F.linear(rows, unpack(packed, rows.dtype))
+        a_low, b_low = a.to(x.dtype), b.to(x.dtype)
+        inner = F.linear(x, a_low)  # (N, rank)
+        y = _storage(storage).product(x, packed, x.shape[1])
         y.addmm_(inner, b_low.t(), alpha=scale)
-        ctx.save_for_backward(rows, inner, a_low, b_low, *packed)
-        ctx.scale, ctx.unpack = scale, unpack
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(x, inner, a_low, b_low, *packed)
+        ctx.scale, ctx.storage = scale, storage
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        rows, inner, a_low, b_low, *packed = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])  # (N, out)
-        grad_inner = torch.mm(flat, b_low).mul_(ctx.scale)  # (N, rank)
+        x, inner, a_low, b_low, *packed = ctx.saved_tensors
+        grad_inner = torch.mm(grad, b_low).mul_(ctx.scale)  # (N, rank)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(flat, ctx.unpack(tuple(packed), flat.dtype))
+            grad_x = _storage(ctx.storage).product_back(grad, tuple(packed), x.shape[1])
             grad_x.addmm_(grad_inner, a_low)
-            grad_x = grad_x.view(*grad.shape[:-1], -1)
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        grad_a = torch.mm(grad_inner.t(), rows).to(wide)
-        grad_b = torch.mm(flat.t(), inner).to(wide).mul_(ctx.scale)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        grad_a = torch.mm(grad_inner.t(), x).to(wide)
+        grad_b = torch.mm(grad.t(), inner).to(wide).mul_(ctx.scale)
         return (grad_x, grad_a, grad_b, None, None, *[None] * len(packed))
+
+
+def _storage(name: str) -> Storage:
+    return STORAGES.get(name, PLAIN)

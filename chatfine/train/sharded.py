@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from chatfine.errors import ModelError
-from chatfine.model import fast, load, stream
+from chatfine.model import attention, fast, load, stream
 from chatfine.model.frozen import FrozenLinear
 from chatfine.train.distributed import Group, own, own_rows, shard
 
@@ -61,7 +61,7 @@ def load_sharded(
     try:
         model = stream.empty_model(path, dtype, sharing.device)
         packed = load.pack_linears(model, quantize, path) if quantize != "none" else {}
-        fast.install(model)
+        attention.install(model)
         measure = _share_out(learns(model), sharing)
         _make_room(model, sharing.place)
         stream.stream_weights(model, path, _Reader(model, packed, sharing))

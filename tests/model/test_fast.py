@@ -13,7 +13,7 @@ import transformers
 from chatfine.data.batches import collate
 from chatfine.errors import ModelError
 from chatfine.evaluate.loss import evaluate_loss
-from chatfine.model import cross_entropy, documents, fast
+from chatfine.model import attention, cross_entropy, documents, fast
 from chatfine.types import Batch, Example
 
 VOCAB = 96
@@ -61,7 +61,7 @@ MODELS: dict[str, tuple[type, Any]] = {
 LENGTHS = (1, 2, 3, 7, 16, 5)
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, attention: str = "eager") -> Any:
+def build(name: str, dtype: torch.dtype = torch.float32, kind: str = "eager") -> Any:
     """A model whose random weights are large enough for attention to be far from uniform."""
     cls, config = MODELS[name]
     torch.manual_seed(3)
@@ -69,8 +69,8 @@ def build(name: str, dtype: torch.dtype = torch.float32, attention: str = "eager
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model = model.to(dtype).eval()
-    if attention != "eager":
-        fast.install(model)
+    if kind != "eager":
+        attention.install(model)
     return model
 
 
@@ -119,7 +119,7 @@ def test_packed_logits_are_those_of_single_documents(name: str) -> None:
     rows, model = examples(), build(name)
     with torch.no_grad():
         wanted = torch.cat([model(torch.tensor([row.ids])).logits[0] for row in rows])
-        fast.install(model)
+        attention.install(model)
         packed = model(**fast._model_inputs(collate(rows))).logits[0]
     assert wanted.std() > 0.1
     torch.testing.assert_close(packed, wanted, atol=2e-5, rtol=1e-4)
@@ -131,7 +131,7 @@ def test_packed_loss_and_all_gradients_are_those_of_single_documents(name: str) 
     wanted = slow_loss(model, rows)
     wanted.backward()
     slow = gradients(model)
-    fast.install(model)
+    attention.install(model)
     loss = fast.loss_sum(model, collate(rows))
     loss.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
@@ -144,7 +144,7 @@ def test_in_float64_they_agree_to_ten_digits() -> None:
     wanted = slow_loss(model, rows)
     wanted.backward()
     slow = gradients(model)
-    fast.install(model)
+    attention.install(model)
     loss = fast.loss_sum(model, collate(rows))
     loss.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
@@ -154,7 +154,7 @@ def test_in_float64_they_agree_to_ten_digits() -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2-capped"])
 def test_a_shared_beginning_changes_nothing(name: str) -> None:
     rows = examples((2, 5, 9), beginning=11)
-    model = build(name, attention="fast")
+    model = build(name, kind="fast")
     apart, together = collate(rows), collate(rows, share=True)
     assert (apart.shared, together.shared) == (0, 10)  # the eleventh predicts a trained token
     assert together.tokens == apart.tokens
@@ -170,15 +170,15 @@ def test_a_shared_beginning_changes_nothing(name: str) -> None:
 
 
 def test_a_row_trains_after_an_evaluation_made_its_masks() -> None:
-    model, batch = build("mistral-window", attention="fast"), collate(examples((4, 9)))
-    fast._mask.cache_clear()
+    model, batch = build("mistral-window", kind="fast"), collate(examples((4, 9)))
+    attention._mask.cache_clear()
     evaluate_loss(model, [batch])
     fast.loss_sum(model, batch).backward()
-    assert not fast._mask(9, 0, 3, torch.device("cpu")).is_inference()
+    assert not attention._mask(9, 0, 3, torch.device("cpu")).is_inference()
 
 
 def test_other_documents_of_the_row_have_no_influence() -> None:
-    model = build("llama", attention="fast")
+    model = build("llama", kind="fast")
     first, second, other = examples((6, 8, 6))
     with torch.no_grad():
         one = model(**fast._model_inputs(collate([first, second]))).logits[0, 6:]
@@ -194,7 +194,7 @@ def test_without_documents_it_is_ordinary_attention(name: str) -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     with torch.no_grad():
         wanted = model(ids, attention_mask=mask).logits
-        fast.install(model)
+        attention.install(model)
         got = model(ids, attention_mask=mask).logits
         torch.testing.assert_close(got[0, 2:], wanted[0, 2:], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(got[1], wanted[1], atol=1e-5, rtol=1e-4)
@@ -204,7 +204,7 @@ def test_without_documents_it_is_ordinary_attention(name: str) -> None:
 
 
 def test_dropout_in_attention_is_applied_while_training() -> None:
-    model = build("llama", attention="fast")
+    model = build("llama", kind="fast")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     batch = collate(examples((9, 9)))
@@ -232,7 +232,7 @@ def test_flash_attention_over_documents_agrees(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_good_models_pass_the_check(name: str) -> None:
-    documents.check(build(name, attention="fast"))
+    documents.check(build(name, kind="fast"))
 
 
 def unsuitable() -> Iterator[tuple[str, Any]]:
@@ -256,7 +256,7 @@ def unsuitable() -> Iterator[tuple[str, Any]]:
 def test_a_model_that_mixes_documents_is_refused(why: str, model: Any) -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    fast.install(model.eval())
+    attention.install(model.eval())
     with pytest.raises(ModelError, match="can't be trained here") as caught:
         documents.check(model)
     assert caught.value.code == "model-unsupported"
@@ -325,6 +325,6 @@ def test_logits_are_made_only_where_a_label_is(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(fast, "linear_cross_entropy", spy)
     batch: Batch = collate(examples())
-    fast.loss_sum(build("llama", attention="fast"), batch)
+    fast.loss_sum(build("llama", kind="fast"), batch)
     assert seen == [batch.supervised]
     assert 0 < batch.supervised < batch.tokens

@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatfine.data.batches import collate
 from chatfine.errors import ModelError, ResourceError
-from chatfine.model import adapters, fast, frozen, lora
-from chatfine.model.frozen import STORAGES, FrozenLinear, frozen_linears
+from chatfine.model import adapters, attention, fast, lora, storages
+from chatfine.model.frozen import FrozenLinear, frozen_linears
 from chatfine.model.load import load_model, pack_linears, packed_names
+from chatfine.model.storages import STORAGES
 from chatfine.train import plan as planning
 from chatfine.types import Batch, Example
 
@@ -58,7 +59,9 @@ def test_rows_of_the_stored_form_are_the_stored_form_of_the_rows(storage: str) -
     some.fill(linear((10, 100)).weight.detach()[3:7])
     for whole, part in zip(layer.packed, some.packed, strict=True):
         assert torch.equal(whole[3:7], part)
-    rows = layer.unpack((layer.weight[3:7], layer.scales[3:7]), torch.float32)
+    rows = layer.storage.unpack(
+        (layer.weight[3:7], layer.scales[3:7]), layer.in_features, torch.float32
+    )
     assert torch.equal(rows, layer.dequantize()[3:7])
 
 
@@ -72,7 +75,7 @@ def test_casting_the_model_leaves_what_is_stored(storage: str) -> None:
 
 
 def test_int8_is_what_bitsandbytes_makes() -> None:
-    functional = frozen.bitsandbytes()
+    functional = storages.bitsandbytes()
     weight = torch.randn(40, 100)
     weight[3] = 0
     codes, scales = STORAGES["int8"].pack(weight)
@@ -85,7 +88,7 @@ def test_int8_is_what_bitsandbytes_makes() -> None:
 
 
 def test_nf4_of_whole_blocks_is_what_bitsandbytes_makes() -> None:
-    functional = frozen.bitsandbytes()
+    functional = storages.bitsandbytes()
     weight = torch.randn(6, 128)
     layer = FrozenLinear.of(linear((6, 128)), "nf4")
     layer.fill(weight)
@@ -269,7 +272,7 @@ def test_all_linears_but_the_head_are_packed_and_the_rest_is_exact(
     for name, buffer in exact.named_buffers():
         assert torch.equal(model.get_buffer(name), buffer), name
     assert not model.training
-    assert model.config._attn_implementation == fast.ATTENTION
+    assert model.config._attn_implementation == attention.ATTENTION
 
 
 def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_a_model_without_linears_is_refused(tmp_path: Path) -> None:
 def test_without_bitsandbytes_the_command_that_installs_it_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    frozen.bitsandbytes.cache_clear()
+    storages.bitsandbytes.cache_clear()
     for name in [one for one in sys.modules if one.startswith("bitsandbytes.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -296,7 +299,7 @@ def test_without_bitsandbytes_the_command_that_installs_it_is_named(
         assert caught.value.code == "no-bitsandbytes"
         FrozenLinear.of(linear((4, 64)), "int8")  # needs none
     finally:
-        frozen.bitsandbytes.cache_clear()
+        storages.bitsandbytes.cache_clear()
 
 
 # -- the tutorial's model --------------------------------------------------------------------------

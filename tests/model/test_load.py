@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from chatfine.errors import ModelError
-from chatfine.model import fast
+from chatfine.model import attention
 from chatfine.model.load import load_model
 
 
@@ -25,7 +25,7 @@ def test_weights_are_those_of_the_files_in_the_wanted_format(
     for name, value in stored.items():
         assert torch.equal(model.state_dict()[name], value.to(dtype)), name
     assert not model.training
-    assert model.config._attn_implementation == fast.ATTENTION
+    assert model.config._attn_implementation == attention.ATTENTION
 
 
 def test_logits_are_those_of_transformers(tiny: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_model_that_has_no_sdpa_loads_too(tmp_path: Path) -> None:
         eos_token_id=2,
     )  # fmt: skip
     transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    assert load_model(tmp_path, torch.float32).config._attn_implementation == fast.ATTENTION
+    assert load_model(tmp_path, torch.float32).config._attn_implementation == attention.ATTENTION
 
 
 def test_a_weight_that_is_missing_is_not_made_up(tiny: Path, tmp_path: Path) -> None:

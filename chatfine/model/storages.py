@@ -1,0 +1,300 @@
+"""How a frozen weight is stored, and how it is multiplied with.
+
+    int8      a row's largest magnitude is 127; the layout of bitsandbytes' LLM.int8() without
+              outliers
+    nf4       4-bit codes of a normal distribution in blocks of 64 (QLoRA: Dettmers et al. 2023),
+              made and read by bitsandbytes; 4.5 bits a weight with the blocks' scales
+    fp8       8-bit floats (e4m3) with a scale for each row, multiplied as they are: the other
+              factor is rounded to 8-bit floats row by row at the time. Twice the rate of bf16
+              products on cards of compute capability 8.9 and later
+    nf4-fp8   stored as nf4, unpacked to 8-bit floats and multiplied as those
+
+LLM.int8() (Dettmers et al. 2022) rounds the activations to 8 bits too and keeps columns with
+outliers beyond a threshold apart. With int8 and nf4 here only the weight is rounded: the product is
+exact in the activations' format, needs no threshold, and its gradient is that of the same product.
+A step of training multiplies so many tokens that unpacking the weight costs little beside the
+product.
+
+int8 is plain torch: bitsandbytes' quantiser takes only float16 on a GPU, and its two functions
+write float32 copies of the weight where one pass does (tests hold both to be equal).
+
+The backward product with an fp8 weight uses the same codes: a row's scale belongs to a column of
+the gradient there, which is multiplied by it before it is rounded. The card multiplies 8-bit floats
+only where both factors lie along the summed dimension, so that product needs the codes transposed,
+kept as a second copy or made on the spot.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from chatfine.errors import ResourceError
+from chatfine.i18n import t
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+NF4_BLOCK = 64
+# quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E)
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+Packed = tuple[torch.Tensor, ...]
+"""Codes and scales; of an fp8 weight also the codes transposed, where they are kept."""
+
+
+class Storage:
+    """How a weight (out, in) is packed. Both tensors have a row for each row of the weight, so the
+    packed form of some rows is those rows of the packed form: what FSDP2 slices stays whole.
+
+    Codes and scales are integers and bytes, which neither `model.to(dtype)` nor FSDP2's mixed
+    precision casts.
+    """
+
+    name: str
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        """Codes and scales of `weight` (out, in), whatever float format it is in."""
+        raise NotImplementedError
+
+    def unpack(self, packed: Packed, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """The rounded weight (rows, in) in `dtype`."""
+        raise NotImplementedError
+
+    def shapes(
+        self, out_features: int, in_features: int
+    ) -> tuple[tuple[int, int], torch.dtype, tuple[int, int]]:
+        """Shape and number format of the codes, and the shape of the scales (always bytes)."""
+        raise NotImplementedError
+
+    def product(self, x: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
+        """x Wᵀ (N, out) of x (N, in)."""
+        return F.linear(x, self.unpack(packed, in_features, x.dtype))
+
+    def product_back(self, grad: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
+        """grad W (N, in) of grad (N, out)."""
+        return grad @ self.unpack(packed, in_features, grad.dtype)
+
+
+class Plain(Storage):
+    """The weight as it is: what `model.lora` puts an adapter on where nothing is packed."""
+
+    name = "none"
+
+    def unpack(self, packed: Packed, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight."""
+        return packed[0]
+
+
+class Int8(Storage):
+    """One byte a weight and a float32 scale a row."""
+
+    name = "int8"
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        """Codes (out, in) int8, scales (out, 4) bytes: the largest magnitude of each row."""
+        wide = weight.to(torch.float32, copy=True)  # the one copy: all else is done in place
+        largest = torch.linalg.vector_norm(wide, math.inf, 1, keepdim=True)
+        codes = wide.mul_(127 / largest.clamp(min=1e-30)).round_().to(torch.int8)
+        return codes, largest.view(torch.uint8)
+
+    def unpack(self, packed: Packed, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """One pass: the product is taken in float32 and rounded as it is written."""
+        codes, scales = packed
+        step = scales.view(torch.float32) / 127
+        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        return torch.mul(codes, step, out=weight)
+
+    def shapes(
+        self, out_features: int, in_features: int
+    ) -> tuple[tuple[int, int], torch.dtype, tuple[int, int]]:
+        """See `Storage.shapes`."""
+        return (out_features, in_features), torch.int8, (out_features, 4)
+
+
+class NF4(Storage):
+    """Half a byte a weight and a float32 scale for 64 of them.
+
+    Rows are filled up to whole blocks, so that no block belongs to two of them. The scales are not
+    quantised a second time: that would save 0.37 bits of 4.5 and tie rows together.
+    """
+
+    name = "nf4"
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        """Codes (out, in / 2) uint8, scales (out, 4 · in / 64) bytes, in rounded up to 64."""
+        rows = weight.shape[0]
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            weight = weight.float()
+        padded = F.pad(weight, (0, -weight.shape[1] % NF4_BLOCK)).contiguous()
+        codes, state = bitsandbytes().quantize_4bit(padded, blocksize=NF4_BLOCK, quant_type="nf4")
+        return codes.view(rows, -1), state.absmax.view(rows, -1).view(torch.uint8)
+
+    def unpack(self, packed: Packed, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight as bitsandbytes unpacks it; plain torch where a compiler can fuse that."""
+        codes, scales = packed
+        if torch.compiler.is_compiling():
+            return nf4_values(codes, scales.view(torch.float32), in_features).to(dtype)
+        wide = dtype if dtype != torch.float64 else torch.float32  # which its kernels lack
+        functional = bitsandbytes()
+        state = functional.QuantState(
+            scales.view(torch.float32).reshape(-1), (codes.shape[0], 2 * codes.shape[1]),
+            dtype=wide, blocksize=NF4_BLOCK, quant_type="nf4",
+        )  # fmt: skip
+        # a column, because it transposes what comes from a single row
+        weight: torch.Tensor = functional.dequantize_4bit(codes.reshape(-1, 1), state)
+        return weight[:, :in_features].to(dtype)
+
+    def shapes(
+        self, out_features: int, in_features: int
+    ) -> tuple[tuple[int, int], torch.dtype, tuple[int, int]]:
+        """See `Storage.shapes`."""
+        blocks = -(-in_features // NF4_BLOCK)
+        return (out_features, blocks * NF4_BLOCK // 2), torch.uint8, (out_features, 4 * blocks)
+
+
+class Fp8(Storage):
+    """One byte a weight, an e4m3 number, and a float32 scale a row (its largest magnitude is 448).
+
+    Where the card can't multiply the two (or a dimension is no multiple of 16) the weight is
+    unpacked, as with the other storages.
+    """
+
+    name = "fp8"
+
+    def pack(self, weight: torch.Tensor) -> Packed:
+        """Codes (out, in) as bytes, scales (out, 4) bytes."""
+        codes, scales = round_rows(weight)
+        return codes.view(torch.uint8), scales.view(torch.uint8)
+
+    def unpack(self, packed: Packed, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+        """The rounded weight."""
+        codes, scales = packed[:2]
+        return (codes.view(E4M3).float() * scales.view(torch.float32)).to(dtype)
+
+    def shapes(
+        self, out_features: int, in_features: int
+    ) -> tuple[tuple[int, int], torch.dtype, tuple[int, int]]:
+        """See `Storage.shapes`."""
+        return (out_features, in_features), torch.uint8, (out_features, 4)
+
+    def product(self, x: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
+        """See `Storage.product`."""
+        codes, scales = packed[:2]
+        if not _multiplies(x, *codes.shape):
+            return super().product(x, packed, in_features)
+        return _product(x, codes.view(E4M3), scales.view(torch.float32))
+
+    def product_back(self, grad: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
+        """See `Storage.product_back`."""
+        codes, scales = packed[:2]
+        if not _multiplies(grad, *codes.shape):
+            return super().product_back(grad, packed, in_features)
+        turned = packed[2] if len(packed) > 2 else codes.t().contiguous()
+        return _product_back(grad, turned.view(E4M3), scales.view(torch.float32))
+
+
+class NF4Fp8(NF4):
+    """Stored as NF4; unpacked to e4m3 numbers, whose rounding is small beside that of 4 bits, and
+    multiplied as `Fp8` does."""
+
+    name = "nf4-fp8"
+
+    def product(self, x: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
+        """See `Storage.product`."""
+        if not _multiplies(x, len(packed[0]), in_features):
+            return super().product(x, packed, in_features)
+        codes, scales = self._unpack_fp8(packed, in_features)
+        return _product(x, codes, scales)
+
+    def product_back(self, grad: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
+        """See `Storage.product_back`."""
+        if not _multiplies(grad, len(packed[0]), in_features):
+            return super().product_back(grad, packed, in_features)
+        codes, scales = self._unpack_fp8(packed, in_features)
+        return _product_back(grad, codes.t().contiguous(), scales)
+
+    def _unpack_fp8(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """e4m3 codes (out, in) and scales (out, 1)."""
+        codes, absmax = packed[0], packed[1].view(torch.float32)  # (out, in / 2), (out, blocks)
+        scales = absmax.amax(1, keepdim=True).clamp(min=1e-30) / E4M3_MAX
+        return nf4_values(codes, absmax / scales, in_features).to(E4M3), scales
+
+
+PLAIN = Plain()
+STORAGES: dict[str, Storage] = {one.name: one for one in (Int8(), NF4(), Fp8(), NF4Fp8())}
+
+
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, K) as e4m3 numbers and the float32 scales (N, 1) of its rows."""
+    wide = x.float()
+    scales = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / E4M3_MAX
+    return (wide / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scales
+
+
+def _multiplies(x: torch.Tensor, out_features: int, in_features: int) -> bool:
+    """Whether the card's product of 8-bit floats takes such factors."""
+    return (
+        x.is_cuda and x.dtype == torch.bfloat16 and out_features % 16 == 0 and in_features % 16 == 0
+    )
+
+
+def _product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x (N, in) times codes · scales, (out, in) and (out, 1), transposed."""
+    rounded, own = round_rows(x)
+    return torch._scaled_mm(
+        rounded, codes.t(), scale_a=own, scale_b=scales.t(), out_dtype=x.dtype, use_fast_accum=True
+    )
+
+
+def _product_back(grad: torch.Tensor, turned: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """grad (N, out) times codes · scales, given the codes as (in, out)."""
+    rounded, own = round_rows(grad.float() * scales.t())
+    ones = torch.ones(1, len(turned), device=grad.device)
+    return torch._scaled_mm(
+        rounded, turned.t(), scale_a=own, scale_b=ones, out_dtype=grad.dtype, use_fast_accum=True
+    )
+
+
+def nf4_values(codes: torch.Tensor, scales: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The float32 numbers (out, in) of NF4 codes (out, in / 2), the first of two in the high bits,
+    times their blocks' scales (out, blocks). Plain torch, which a compiler can fuse."""
+    table = torch.tensor(NF4_LEVELS, device=codes.device)
+    pair = torch.stack((codes >> 4, codes & 15), -1)  # (out, in / 2, 2)
+    blocks = table[pair.int()].view(len(codes), -1, NF4_BLOCK)
+    return (blocks * scales[..., None]).view(len(codes), -1)[:, :in_features]
+
+
+@functools.lru_cache(maxsize=1)
+def bitsandbytes() -> Any:
+    """bitsandbytes' functional part.
+
+    Raises:
+        ResourceError: it is not installed, or does not load on this machine.
+    """
+    # on some processors it fetches code from a hub at import if this package is there
+    kernels = sys.modules.get("kernels")
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        import bitsandbytes.functional as functional
+    except Exception as error:  # a library that finds the wrong CUDA raises anything
+        raise ResourceError(
+            "no-bitsandbytes",
+            t("--quantize nf4 needs the package bitsandbytes"),
+            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            fix="pip install bitsandbytes",
+        ) from error
+    finally:
+        if kernels is None:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = kernels
+    return functional

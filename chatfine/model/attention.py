@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from chatfine.model.document_attention import document_attention
+
 ATTENTION = "chatfine"
 
 
@@ -41,6 +43,8 @@ def packed_attention(
     dropout: float = 0.0,
     document_lengths: tuple[int, ...] | None = None,
     shared: int = 0,
+    document_offsets: torch.Tensor | None = None,
+    longest_document: int = 0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -48,11 +52,13 @@ def packed_attention(
     """Causal attention inside each document; returns (1, N, heads, head size).
 
     With `shared` the row begins with so many tokens that every document sees as its own beginning.
+    `document_offsets` and `longest_document` stand in for lengths where shapes are fixed
+    (`model.compiled`), which knows neither a shared beginning nor dropout nor a cap.
 
-    Without `document_lengths` (generation) this is transformers' own sdpa with its mask.
+    Without documents (generation) this is transformers' own sdpa with its mask.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if document_lengths is None:
+    if document_lengths is None and document_offsets is None:
         if softcap:
             capped = _capped_attention(query, key, value, attention_mask, scaling, dropout, softcap)
             return capped.transpose(1, 2), None
@@ -67,6 +73,12 @@ def packed_attention(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # rotary tables in float32 have made it float32 again
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    if document_offsets is not None:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, head size)
+        near = sliding_window if sliding_window and sliding_window < longest_document else 0
+        inside = document_attention(q, k, v, document_offsets, longest_document, scaling, near)
+        return inside.unsqueeze(0), None
+    assert document_lengths is not None
     longest = shared + max(document_lengths)
     window = sliding_window if sliding_window and sliding_window < longest else None
     half = query.dtype in (torch.float16, torch.bfloat16)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-HEAD_CHUNK_BYTES = 64 * 2**20
+HEAD_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Size of the block of float32 logits alive at one time; larger gave no speed on two CPU cores."""
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor | Sequence[torch.Tensor], labels: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor | Sequence[torch.Tensor],
+    labels: torch.Tensor,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Sum of `cross_entropy(hidden @ weight.T, labels)` without keeping the logits.
 
@@ -22,6 +26,7 @@ def linear_cross_entropy(
         weight: (V, D) output embedding, or several matrices that follow each other in it: some may
             learn while others don't, in different number formats, and none is copied.
         labels: (S,) token ids.
+        compiled: turn logits into their gradient in one compiled pass; only for a single matrix.
 
     The gradient with respect to the logits is known as soon as they are (softmax − one-hot), so
     both products of the backward pass are taken while a block of logits is still in the cache.
@@ -31,23 +36,33 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):  # as a linear of torch would do by itself
         hidden = hidden.to(torch.get_autocast_dtype(device))
     parts = [weight] if isinstance(weight, torch.Tensor) else weight
-    result: torch.Tensor = _LinearCrossEntropy.apply(hidden, labels, *parts)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _LinearCrossEntropy.apply(
+        hidden, labels, compiled and len(parts) == 1, *parts
+    )  # type: ignore[no-untyped-call]
     return result
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, *weights: torch.Tensor
+        ctx: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        compiled: bool,
+        *weights: torch.Tensor,
     ) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            return _LinearCrossEntropy._blocks(ctx, hidden, labels, weights)
+            return _LinearCrossEntropy._blocks(ctx, hidden, labels, compiled, weights)
 
     @staticmethod
     def _blocks(
-        ctx: Any, hidden: torch.Tensor, labels: torch.Tensor, weights: Sequence[torch.Tensor]
+        ctx: Any,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        compiled: bool,
+        weights: Sequence[torch.Tensor],
     ) -> torch.Tensor:
-        need_hidden, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
+        need_hidden, need_weights = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         # what learns is float32 under half-precision states
         parts = [weight.detach().to(hidden.dtype) for weight in weights]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
@@ -55,26 +70,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads = [torch.zeros_like(part, dtype=wide) if need else None
                  for part, need in zip(parts, need_weights, strict=True)]  # fmt: skip
         total = hidden.new_zeros((), dtype=wide)
-        rows = max(1, HEAD_CHUNK_BYTES // (4 * sum(len(part) for part in parts)))
+        size = HEAD_CHUNK_BYTES.get(hidden.device.type, HEAD_CHUNK_BYTES["cpu"])
+        rows = max(1, size // (4 * sum(len(part) for part in parts)))
         for begin in range(0, hidden.shape[0], rows):
             block = hidden[begin : begin + rows].detach()
-            logits = [F.linear(block, part).to(wide) for part in parts]  # (rows, part of V) each
-            wanted, inside = _places(labels[begin : begin + rows, None], parts)
-            log_norm = torch.stack([one.logsumexp(1, keepdim=True) for one in logits]).logsumexp(0)
-            for one, place, here in zip(logits, wanted, inside, strict=True):
-                total -= torch.where(here, one.gather(1, place), 0).sum()
-            total += log_norm.sum()
-            if not (need_hidden or any(need_weights)):
-                continue
+            wanted = labels[begin : begin + rows]
+            learns = need_hidden or any(need_weights)
+            if compiled and learns:
+                loss, grad = _compiled_gradient()(F.linear(block, parts[0]), wanted)
+                total += loss
+                found = [grad]
+            else:
+                loss, found = _gradients(block, parts, wanted, learns)
+                total += loss
             into = None if grad_hidden is None else grad_hidden[begin : begin + rows]
-            for i, part in enumerate(parts):
-                grad = logits[i].sub_(log_norm).exp_()  # softmax, in place
-                grad.scatter_add_(1, wanted[i], -inside[i].to(wide))
-                grad = grad.to(hidden.dtype)
+            for i, grad in enumerate(found):
                 if into is not None and i == 0:
-                    torch.mm(grad, part, out=into)
+                    torch.mm(grad, parts[i], out=into)
                 elif into is not None:
-                    into.addmm_(grad, part)
+                    into.addmm_(grad, parts[i])
                 if (sums := grads[i]) is not None:
                     sums += torch.mm(grad.t(), block)
         ctx.save_for_backward(grad_hidden, *grads)
@@ -87,8 +101,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if grad_hidden is None else grad_hidden.mul_(upstream.to(grad_hidden.dtype)),
             None,
+            None,
             *(None if grad is None else grad.mul_(upstream) for grad in grads),
         )
+
+
+def _gradients(
+    block: torch.Tensor, parts: Sequence[torch.Tensor], labels: torch.Tensor, learns: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The sum of the losses of some rows, and the gradient of their logits, part by part (none if
+    nothing `learns`)."""
+    wide = torch.promote_types(block.dtype, torch.float32)
+    logits = [F.linear(block, part).to(wide) for part in parts]  # (rows, part of V) each
+    wanted, inside = _places(labels[:, None], parts)
+    log_norm = torch.stack([one.logsumexp(1, keepdim=True) for one in logits]).logsumexp(0)
+    total = log_norm.sum()
+    for one, place, here in zip(logits, wanted, inside, strict=True):
+        total -= torch.where(here, one.gather(1, place), 0).sum()
+    if not learns:
+        return total, []
+    found = []
+    for one, place, here in zip(logits, wanted, inside, strict=True):
+        grad = one.sub_(log_norm).exp_()  # softmax, in place
+        grad.scatter_add_(1, place, -here.to(wide))
+        found.append(grad.to(block.dtype))
+    return total, found
+
+
+def _softmax_gradient(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for one part, written for a compiler: everything but the norm in one pass."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_norm = wide.logsumexp(1, keepdim=True)
+    loss = (log_norm - wide.gather(1, labels[:, None])).sum()
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    one_hot = (columns == labels[:, None]).to(wide.dtype)
+    return loss, ((wide - log_norm).exp() - one_hot).to(logits.dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_gradient() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """`_softmax_gradient` for any number of rows."""
+    return torch.compile(_softmax_gradient, dynamic=True)
 
 
 def _places(

@@ -9,7 +9,7 @@ import torch
 from chatfine.errors import ModelError
 from chatfine.i18n import t
 from chatfine.model.attention import ATTENTION
-from chatfine.model.fast import LossModel, _model_inputs, causal_model
+from chatfine.model.fast import LossModel, causal_model, model_inputs
 from chatfine.types import IGNORE_INDEX, Batch
 
 MAX_GAP = 1e-3
@@ -89,7 +89,7 @@ def _hidden(causal: Any, documents: list[torch.Tensor]) -> torch.Tensor:
     training = causal.training
     causal.eval()
     try:
-        hidden: torch.Tensor = causal.get_decoder()(**_model_inputs(batch)).last_hidden_state[0]
+        hidden: torch.Tensor = causal.get_decoder()(**model_inputs(batch)).last_hidden_state[0]
     finally:
         causal.train(training)
     return hidden.float()

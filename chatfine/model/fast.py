@@ -7,6 +7,7 @@ tokens (`types.Batch`) and attention stays inside each document (`model.attentio
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def _plain_head(causal: Any) -> list[torch.Tensor] | None:
     return None if head.bias is not None else [head.weight]
 
 
-def _model_inputs(batch: Batch) -> dict[str, Any]:
+def model_inputs(batch: Batch) -> dict[str, Any]:
     """Keyword arguments that run a transformers model over the packed row of `batch`.
 
     A mask of four dimensions is handed through untouched by transformers; the one here only keeps
@@ -64,11 +65,17 @@ class LossModel(torch.nn.Module):
         return loss_sum(self.model, batch)
 
 
-def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
+def loss_sum(
+    model: Any,
+    batch: Batch,
+    inputs: Callable[[Batch], dict[str, Any]] = model_inputs,
+    compiled: bool = False,
+) -> torch.Tensor:
     """Sum of the cross entropies of all labels of `batch`, in nats, as a float32 scalar.
 
-    The caller divides by the number of labels of the whole global batch (contract C3). A model
-    that can't run over packed rows brings a function of its own (`model.unpacked`).
+    The caller divides by the number of labels of the whole global batch (contract C3). `inputs`
+    makes the model's arguments of a batch, `compiled` is as of `linear_cross_entropy`. A model that
+    can't run over packed rows brings a function of its own (`model.unpacked`).
     """
     own = getattr(model, "own_loss_sum", None)
     if own is not None:
@@ -79,15 +86,15 @@ def loss_sum(model: Any, batch: Batch) -> torch.Tensor:
     where = torch.nonzero(batch.labels != IGNORE_INDEX).squeeze(1)  # (S,)
     labels = batch.labels[where]
     if head is None:
-        return _loss_through_model(causal, batch, where, labels)
-    hidden = causal.get_decoder()(**_model_inputs(batch)).last_hidden_state[0]  # (N, D)
-    return linear_cross_entropy(hidden.index_select(0, where), head, labels)
+        return _loss_through_model(causal, inputs(batch), where, labels)
+    hidden = causal.get_decoder()(**inputs(batch)).last_hidden_state[0]  # (N, D)
+    return linear_cross_entropy(hidden.index_select(0, where), head, labels, compiled)
 
 
 def _loss_through_model(
-    causal: Any, batch: Batch, where: torch.Tensor, labels: torch.Tensor
+    causal: Any, inputs: dict[str, Any], where: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     """The slow twin, for heads with a bias, a scale or a cap: the model's own logits."""
-    logits = causal(**_model_inputs(batch), logits_to_keep=where).logits[0]
+    logits = causal(**inputs, logits_to_keep=where).logits[0]
     wide = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.to(wide), labels, reduction="sum")

@@ -9,6 +9,7 @@ wherever something is not plain (DoRA, dropout, several adapters, biased bases).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,26 +17,48 @@ import torch.nn.functional as F
 from torch import nn
 
 from chatfine.model.frozen import FrozenLinear
-from chatfine.model.storages import PLAIN, STORAGES, Storage
+from chatfine.model.lora_fp8 import LoraFp8
+from chatfine.model.storages import PLAIN, STORAGES, Fp8, Storage, multiplies_fp8
 
 
 def install(model: nn.Module) -> int:
-    """Give every plain LoRA linear of `model` the fused forward; returns how many got it."""
+    """Give every plain LoRA linear of `model` the fused forward; returns how many got it.
+
+    The layer changes its class and not its `forward`: a compiler takes layers of one class to run
+    one program, and would compile each method that hangs on an object by itself.
+    """
     from peft.tuners.lora import Linear
 
     count = 0
     for module in model.modules():
-        if isinstance(module, Linear) and _is_plain(module):
-            module.forward = _Fused(module)  # type: ignore[method-assign]
+        if type(module) is Linear and _is_plain(module):
+            module.__class__ = _fused()
+            module.fused_adapter = module.active_adapters[0]
             count += 1
     return count
 
 
 def uninstall(model: nn.Module) -> None:
     """Give PEFT's own forward back."""
+    from peft.tuners.lora import Linear
+
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), _Fused):
-            del module.forward
+        if isinstance(module, _fused()):
+            module.__class__ = Linear
+
+
+def on_fp8(model: nn.Module) -> list[Any]:
+    """The fused layers of `model` whose weight the card multiplies in fp8."""
+    found = []
+    for module in model.modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, FrozenLinear) and hasattr(module, "fused_adapter"):
+            probe = torch.empty(0, dtype=base.compute_dtype, device=base.weight.device)
+            if isinstance(base.storage, Fp8) and multiplies_fp8(
+                probe, base.out_features, base.in_features
+            ):
+                found.append(module)
+    return found
 
 
 def _is_plain(module: Any) -> bool:
@@ -55,30 +78,41 @@ def _is_plain(module: Any) -> bool:
     )
 
 
-class _Fused:
-    """The replacement forward of one layer; falls back to PEFT's when the layer is switched off."""
+@functools.lru_cache(maxsize=1)
+def _fused() -> Any:
+    """The class of a layer with the fused forward; PEFT is only imported where there is one."""
+    from peft.tuners.lora import Linear
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self.name = module.active_adapters[0]
+    class FusedLinear(Linear):  # type: ignore[misc]
+        """PEFT's LoRA linear; its own forward takes over when the layer is switched off."""
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        module, name = self.module, self.name
-        plain = not (module.disable_adapters or module.merged or args or kwargs)
-        if not plain or module.active_adapters != [name]:
-            result: torch.Tensor = type(module).forward(module, x, *args, **kwargs)
-            return result
-        a, b = module.lora_A[name].weight, module.lora_B[name].weight
-        base = module.base_layer
-        storage, packed = PLAIN.name, (base.weight,)
-        if isinstance(base, FrozenLinear):
-            storage, packed = base.storage.name, base.packed
-        else:
-            x = x.to(base.weight.dtype)
-        fused: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-            x.reshape(-1, x.shape[-1]), a, b, module.scaling[name], storage, *packed
-        )
-        return fused.view(*x.shape[:-1], -1)
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            """See `_LoraLinear`."""
+            plain = not (self.disable_adapters or self.merged or args or kwargs)
+            if not plain or self.active_adapters != [self.fused_adapter]:
+                result: torch.Tensor = super().forward(x, *args, **kwargs)
+                return result
+            return _forward(self, self.fused_adapter, x)
+
+    return FusedLinear
+
+
+def _forward(module: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    base = module.base_layer
+    storage, packed = PLAIN.name, (base.weight,)
+    tails: tuple[torch.Tensor, ...] = ()
+    if isinstance(base, FrozenLinear):
+        storage, packed = base.storage.name, base.packed
+        if base.tail_a is not None and base.tail_b is not None:
+            tails = (base.tail_b, base.tail_a)
+    else:
+        x = x.to(base.weight.dtype)
+    kind = LoraFp8 if tails else _LoraLinear
+    fused: torch.Tensor = kind.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, x.shape[-1]), a, b, module.scaling[name], storage, *tails, *packed
+    )
+    return fused.view(*x.shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -100,7 +134,7 @@ class _LoraLinear(torch.autograd.Function):
         a_low, b_low = a.to(x.dtype), b.to(x.dtype)
         inner = F.linear(x, a_low)  # (N, rank)
         y = _storage(storage).product(x, packed, x.shape[1])
-        y.addmm_(inner, b_low.t(), alpha=scale)
+        y = _plus(y, inner * scale, b_low.t())
         ctx.save_for_backward(x, inner, a_low, b_low, *packed)
         ctx.scale, ctx.storage = scale, storage
         return y
@@ -108,15 +142,27 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, inner, a_low, b_low, *packed = ctx.saved_tensors
-        grad_inner = torch.mm(grad, b_low).mul_(ctx.scale)  # (N, rank)
+        grad_inner = torch.mm(grad, b_low) * ctx.scale  # (N, rank)
         grad_x = None
-        if ctx.needs_input_grad[0]:
+        # not every version of the compiler knows what needs a gradient; it drops what is unused
+        if torch.compiler.is_compiling() or ctx.needs_input_grad[0]:
             grad_x = _storage(ctx.storage).product_back(grad, tuple(packed), x.shape[1])
-            grad_x.addmm_(grad_inner, a_low)
+            grad_x = _plus(grad_x, grad_inner, a_low)
         wide = torch.promote_types(x.dtype, torch.float32)
         grad_a = torch.mm(grad_inner.t(), x).to(wide)
-        grad_b = torch.mm(grad.t(), inner).to(wide).mul_(ctx.scale)
+        grad_b = torch.mm(grad.t(), inner).to(wide) * ctx.scale
         return (grad_x, grad_a, grad_b, None, None, *[None] * len(packed))
+
+
+def _plus(large: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """large + left · right, in place where no compiler will see to it.
+
+    A batch of one keeps the compiler from an `addmm` into a copy of `large`; the sum then becomes
+    part of whatever reads it next.
+    """
+    if torch.compiler.is_compiling():
+        return large + torch.bmm(left[None], right[None])[0]
+    return large.addmm_(left, right)
 
 
 def _storage(name: str) -> Storage:

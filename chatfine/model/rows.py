@@ -40,10 +40,12 @@ from chatfine.model.row_starts import RULES, tail_rows
 from chatfine.runtime import home
 from chatfine.tokenizer.before import grown_vocabulary, piece_ids
 from chatfine.tokenizer.encode import ChatTokenizer
-from chatfine.tokenizer.files import copy_tokenizer, read_files
+from chatfine.tokenizer.files import TokenizerFiles, copy_tokenizer, read_files
 
 MULTIPLE = 64
 """GPUs multiply matrices of a multiple of 64 rows faster."""
+MOST_PADDING = 16
+"""One sixteenth of a model's rows, or 1,024, is more than any family has without a piece."""
 FACTS = "chatfine.json"
 _HEADS = ("lm_head.weight", "embed_out.weight", "lm_head.bias")
 _FLOATS = {"F32", "BF16", "F16"}
@@ -169,25 +171,47 @@ def _check_pair(base: ModelFolder, tokenizer: Path, vocabulary: Vocabulary) -> N
             why=t("growing it again would undo what they have learned"),
             fix=t("train it: {command}", command=f"chatfine train -m {base.path} -d DATASET"),
         )
-    grown = piece_ids(read_files(tokenizer))
-    old = (piece for piece, number in own.items() if number < vocabulary.old_size)
-    other = next((piece for piece in old if grown.get(piece) != own[piece]), None)
-    if other is not None:
-        why = t("{piece} has the id {id} in the model's own tokenizer and {found} in the grown one",
-                piece=repr(other), id=own[other], found=grown.get(other, "-"))  # fmt: skip
-    elif not own and vocabulary.old_size > base.vocab_size:
-        why = t("new pieces begin at the id {first}, the model has {rows} rows",
-                first=vocabulary.old_size, rows=base.vocab_size)  # fmt: skip
-    else:
+    files = read_files(tokenizer)
+    why = _why_other(base.vocab_size, own, files, vocabulary.old_size)
+    if not why:
         return
+    copied_in = own == piece_ids(files)
     raise TokenizerError(
         "tokenizer-other-model",
         t("the tokenizer in {path} did not grow out of this model's", path=tokenizer),
         where=str(base.path),
         why=why,
-        fix=t("grow the model's own: {command}",
-              command=f"chatfine expand-vocab -m {base.path} -o NEW_FOLDER"),
+        fix=t("put the model's own tokenizer files back, then grow that one")
+        if copied_in
+        else t("grow the model's own: {command}",
+               command=f"chatfine expand-vocab -m {base.path} --preset hanzi -o NEW_FOLDER"),
     )  # fmt: skip
+
+
+def _why_other(rows: int, own: Mapping[str, int], files: TokenizerFiles, first: int) -> str:
+    """What shows that a tokenizer did not grow out of the model's; "" where nothing does.
+
+    Args:
+        rows: of the model.
+        own: piece → id of the tokenizer in the model's folder.
+        files: the grown tokenizer, perhaps that very one.
+        first: its first new id. Special tokens before it may lack a row, pieces may not.
+    """
+    grown = piece_ids(files)
+    other = next((p for p, number in own.items() if number < first and grown.get(p) != number), "")
+    if other:
+        return t(
+            "{piece} has the id {id} in the model's own tokenizer and {found} in the grown one",
+            piece=repr(other), id=own[other], found=grown.get(other, "-"),
+        )  # fmt: skip
+    added = {entry["content"] for entry in files.spec["added_tokens"]}
+    known = {number for piece, number in grown.items() if piece not in added}
+    lacks = any(number in known for number in range(rows, first))
+    idle = rows - first if own == grown else 0  # nothing but the sizes can tell
+    if lacks or (not own and first > rows) or idle > max(1024, rows // MOST_PADDING):
+        return t("new pieces begin at the id {first}, the model has {rows} rows",
+                 first=first, rows=rows)  # fmt: skip
+    return ""
 
 
 def _own_pieces(folder: Path) -> dict[str, int]:

@@ -39,6 +39,9 @@ from chatfine.i18n import t
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
+FP8_ROOM = 16.0
+FP8_SMALLEST = 1e-12
+"""A row smaller than this is as good as zero."""
 NF4_BLOCK = 64
 # quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E)
 NF4_LEVELS = (
@@ -162,18 +165,21 @@ class NF4(Storage):
 
 
 class Fp8(Storage):
-    """One byte a weight, an e4m3 number, and a float32 scale a row (its largest magnitude is 448).
+    """One byte a weight, an e4m3 number, and a float32 scale a row.
 
-    Where the card can't multiply the two (or a dimension is no multiple of 16) the weight is
-    unpacked, as with the other storages.
+    A row's largest magnitude becomes 448 / FP8_ROOM at most: e4m3 is a floating-point format, so
+    room above costs no precision, and what an adapter adds to the weight fits in beside it
+    (`model.lora_fp8`). Where the card can't multiply the two (or a dimension is no multiple of 16)
+    the weight is unpacked, as with the other storages.
     """
 
     name = "fp8"
 
     def pack(self, weight: torch.Tensor) -> Packed:
         """Codes (out, in) as bytes, scales (out, 4) bytes."""
-        codes, scales = round_rows(weight)
-        return codes.view(torch.uint8), scales.view(torch.uint8)
+        wide = weight.to(torch.float32)
+        scales = wide.abs().amax(1, keepdim=True).clamp(min=FP8_SMALLEST) * (FP8_ROOM / E4M3_MAX)
+        return (wide / scales).to(E4M3).view(torch.uint8), scales.view(torch.uint8)
 
     def unpack(self, packed: Packed, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """The rounded weight."""
@@ -188,21 +194,31 @@ class Fp8(Storage):
 
     def product(self, x: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
         """See `Storage.product`."""
-        codes, scales = packed[:2]
-        if not _multiplies(x, *codes.shape):
+        if not multiplies_fp8(x, len(packed[0]), in_features):
             return super().product(x, packed, in_features)
-        return _product(x, codes.view(E4M3), scales.view(torch.float32))
+        codes, scales = self.fp8(packed, in_features)
+        rounded, own = round_rows(x)
+        return multiply_fp8(rounded, codes, own, scales, x.dtype)
 
     def product_back(self, grad: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
         """See `Storage.product_back`."""
-        codes, scales = packed[:2]
-        if not _multiplies(grad, *codes.shape):
+        if not multiplies_fp8(grad, len(packed[0]), in_features):
             return super().product_back(grad, packed, in_features)
-        turned = packed[2] if len(packed) > 2 else codes.t().contiguous()
-        return _product_back(grad, turned.view(E4M3), scales.view(torch.float32))
+        codes, scales = self.fp8_turned(packed, in_features)
+        rounded, own = round_rows(grad.float() * scales.t())
+        return multiply_fp8(rounded, codes, own, torch.ones_like(own[:1]), grad.dtype)
+
+    def fp8(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """e4m3 codes (out, in) and float32 scales (out, 1)."""
+        return packed[0].view(E4M3), packed[1].view(torch.float32)
+
+    def fp8_turned(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same codes as (in, out), each row in one piece, and the scales (out, 1)."""
+        turned = packed[2] if len(packed) > 2 else packed[0].t().contiguous()
+        return turned.view(E4M3), packed[1].view(torch.float32)
 
 
-class NF4Fp8(NF4):
+class NF4Fp8(NF4, Fp8):
     """Stored as NF4; unpacked to e4m3 numbers, whose rounding is small beside that of 4 bits, and
     multiplied as `Fp8` does."""
 
@@ -210,23 +226,22 @@ class NF4Fp8(NF4):
 
     def product(self, x: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
         """See `Storage.product`."""
-        if not _multiplies(x, len(packed[0]), in_features):
-            return super().product(x, packed, in_features)
-        codes, scales = self._unpack_fp8(packed, in_features)
-        return _product(x, codes, scales)
+        return Fp8.product(self, x, packed, in_features)
 
     def product_back(self, grad: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
         """See `Storage.product_back`."""
-        if not _multiplies(grad, len(packed[0]), in_features):
-            return super().product_back(grad, packed, in_features)
-        codes, scales = self._unpack_fp8(packed, in_features)
-        return _product_back(grad, codes.t().contiguous(), scales)
+        return Fp8.product_back(self, grad, packed, in_features)
 
-    def _unpack_fp8(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """e4m3 codes (out, in) and scales (out, 1)."""
-        codes, absmax = packed[0], packed[1].view(torch.float32)  # (out, in / 2), (out, blocks)
-        scales = absmax.amax(1, keepdim=True).clamp(min=1e-30) / E4M3_MAX
-        return nf4_values(codes, absmax / scales, in_features).to(E4M3), scales
+    def fp8(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Fp8.fp8`."""
+        codes, largest = packed[0], packed[1].view(torch.float32)  # (out, in / 2), (out, blocks)
+        scales = largest.amax(1, keepdim=True).clamp(min=FP8_SMALLEST) * (FP8_ROOM / E4M3_MAX)
+        return nf4_values(codes, largest / scales, in_features).to(E4M3), scales
+
+    def fp8_turned(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Fp8.fp8_turned`."""
+        codes, scales = self.fp8(packed, in_features)
+        return codes.t().contiguous(), scales
 
 
 PLAIN = Plain()
@@ -236,31 +251,29 @@ STORAGES: dict[str, Storage] = {one.name: one for one in (Int8(), NF4(), Fp8(), 
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (N, K) as e4m3 numbers and the float32 scales (N, 1) of its rows."""
     wide = x.float()
-    scales = wide.abs().amax(1, keepdim=True).clamp(min=1e-30) / E4M3_MAX
+    scales = wide.abs().amax(1, keepdim=True).clamp(min=FP8_SMALLEST) / E4M3_MAX
     return (wide / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scales
 
 
-def _multiplies(x: torch.Tensor, out_features: int, in_features: int) -> bool:
+def multiplies_fp8(x: torch.Tensor, out_features: int, in_features: int) -> bool:
     """Whether the card's product of 8-bit floats takes such factors."""
-    return (
-        x.is_cuda and x.dtype == torch.bfloat16 and out_features % 16 == 0 and in_features % 16 == 0
-    )
+    sizes = out_features % 16 == 0 and in_features % 16 == 0
+    return x.is_cuda and x.dtype == torch.bfloat16 and sizes
 
 
-def _product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """x (N, in) times codes · scales, (out, in) and (out, 1), transposed."""
-    rounded, own = round_rows(x)
+def multiply_fp8(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """a bᵀ (N, M) of e4m3 a (N, K), b (M, K), rows scaled by (N, 1) and (M, 1) or (1, 1).
+
+    On a CPU the same in float32: the twin.
+    """
+    if not a.is_cuda:
+        return (a.float() @ b.float().t() * scale_a * scale_b.t()).to(dtype)
+    columns = scale_b.expand(len(b), 1).t().contiguous()
     return torch._scaled_mm(
-        rounded, codes.t(), scale_a=own, scale_b=scales.t(), out_dtype=x.dtype, use_fast_accum=True
-    )
-
-
-def _product_back(grad: torch.Tensor, turned: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """grad (N, out) times codes · scales, given the codes as (in, out)."""
-    rounded, own = round_rows(grad.float() * scales.t())
-    ones = torch.ones(1, len(turned), device=grad.device)
-    return torch._scaled_mm(
-        rounded, turned.t(), scale_a=own, scale_b=ones, out_dtype=grad.dtype, use_fast_accum=True
+        a, b.t(), scale_a=scale_a, scale_b=columns, out_dtype=dtype, use_fast_accum=True
     )
 
 

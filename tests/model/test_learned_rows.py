@@ -284,7 +284,7 @@ def splits(total: int) -> Iterator[tuple[int, ...]]:
 def test_parts_give_the_loss_of_the_whole(
     sizes: tuple[int, ...], chunk_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "HEAD_CHUNK_BYTES", chunk_rows * 4 * 37)
+    monkeypatch.setattr(cross_entropy, "HEAD_CHUNK_BYTES", {"cpu": chunk_rows * 4 * 37})
     torch.manual_seed(0)
     hidden = torch.randn(11, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(37, 16, dtype=torch.float64, requires_grad=True)

@@ -45,6 +45,7 @@ def packed_attention(
     shared: int = 0,
     document_offsets: torch.Tensor | None = None,
     longest_document: int = 0,
+    full_documents: bool = False,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -76,7 +77,9 @@ def packed_attention(
     if document_offsets is not None:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, head size)
         near = sliding_window if sliding_window and sliding_window < longest_document else 0
-        inside = document_attention(q, k, v, document_offsets, longest_document, scaling, near)
+        inside = document_attention(
+            q, k, v, document_offsets, longest_document, scaling, near, full_documents and not near
+        )
         return inside.unsqueeze(0), None
     assert document_lengths is not None
     longest = shared + max(document_lengths)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from chatfine.model import lora
 from chatfine.model.fast import LossModel, causal_model, loss_sum
-from chatfine.model.lora_fp8 import Tails
+from chatfine.model.lora_fp8 import Groups
 from chatfine.types import Batch
 
 MIN_DOCUMENTS = 4
@@ -29,10 +29,11 @@ class FixedInputs:
     Args:
         tokens: the most tokens of a micro-batch.
         longest: the most tokens of a document.
+        full: every document of every micro-batch has that many, and every micro-batch is full.
     """
 
-    def __init__(self, tokens: int, longest: int) -> None:
-        self.tokens, self.longest = tokens, longest
+    def __init__(self, tokens: int, longest: int, full: bool = False) -> None:
+        self.tokens, self.longest, self.full = tokens, longest, full
         self.documents = MIN_DOCUMENTS
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class FixedInputs:
             "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
             "document_offsets": offsets,
             "longest_document": self.longest,
+            "full_documents": self.full,
             "use_cache": False,
         }
 
@@ -76,13 +78,13 @@ class CompiledLoss(LossModel):
 
     Args:
         model: which `supports` says yes to.
-        tokens, longest: as of `FixedInputs`.
+        tokens, longest, full: as of `FixedInputs`.
     """
 
-    def __init__(self, model: Any, tokens: int, longest: int) -> None:
+    def __init__(self, model: Any, tokens: int, longest: int, full: bool = False) -> None:
         super().__init__(model)
-        self.fixed: FixedInputs | None = FixedInputs(tokens, longest)
-        self.tails = Tails(lora.on_fp8(model))
+        self.fixed: FixedInputs | None = FixedInputs(tokens, longest, full)
+        self.groups = Groups(model, lora.on_fp8(model))
         self.calls = 0  # since the shapes last changed
         decoder = causal_model(model).get_decoder()
         for layer in decoder.layers:
@@ -98,9 +100,9 @@ class CompiledLoss(LossModel):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The sum of the losses of the labels of `batch`."""
-        self.tails.refresh()
-        if not self.training and not self.tails.fits():
-            self.tails.drop()
+        self.groups.refresh()
+        if not self.training and not self.groups.fits():
+            self.groups.drop()
             self.calls = 0
         if self.fixed is None or not self.training:
             with torch.compiler.set_stance("force_eager"):

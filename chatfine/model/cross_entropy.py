@@ -25,7 +25,7 @@ def linear_cross_entropy(
         hidden: (S, D) states that have a label.
         weight: (V, D) output embedding, or several matrices that follow each other in it: some may
             learn while others don't, in different number formats, and none is copied.
-        labels: (S,) token ids.
+        labels: (S,) token ids; below zero = counts nothing.
         compiled: turn logits into their gradient in one compiled pass; only for a single matrix.
 
     The gradient with respect to the logits is known as soon as they are (softmax − one-hot), so
@@ -115,7 +115,8 @@ def _gradients(
     logits = [F.linear(block, part).to(wide) for part in parts]  # (rows, part of V) each
     wanted, inside = _places(labels[:, None], parts)
     log_norm = torch.stack([one.logsumexp(1, keepdim=True) for one in logits]).logsumexp(0)
-    total = log_norm.sum()
+    counts = labels[:, None] >= 0
+    total = torch.where(counts, log_norm, 0).sum()
     for one, place, here in zip(logits, wanted, inside, strict=True):
         total -= torch.where(here, one.gather(1, place), 0).sum()
     if not learns:
@@ -123,7 +124,7 @@ def _gradients(
     found = []
     for one, place, here in zip(logits, wanted, inside, strict=True):
         grad = one.sub_(log_norm).exp_()  # softmax, in place
-        grad.scatter_add_(1, place, -here.to(wide))
+        grad.scatter_add_(1, place, -here.to(wide)).mul_(counts)
         found.append(grad.to(block.dtype))
     return total, found
 
@@ -134,10 +135,12 @@ def _softmax_gradient(
     """The same for one part, written for a compiler: everything but the norm in one pass."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_norm = wide.logsumexp(1, keepdim=True)
-    loss = (log_norm - wide.gather(1, labels[:, None])).sum()
+    labels = labels[:, None]
+    counts = labels >= 0
+    loss = torch.where(counts, log_norm - wide.gather(1, labels.clamp(min=0)), 0).sum()
     columns = torch.arange(logits.shape[1], device=logits.device)
-    one_hot = (columns == labels[:, None]).to(wide.dtype)
-    return loss, ((wide - log_norm).exp() - one_hot).to(logits.dtype)
+    one_hot = (columns == labels).to(wide.dtype)
+    return loss, torch.where(counts, (wide - log_norm).exp() - one_hot, 0).to(logits.dtype)
 
 
 @functools.lru_cache(maxsize=1)

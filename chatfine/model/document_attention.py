@@ -25,9 +25,16 @@ def _forward(
     longest: int,
     scale: float,
     window: int,
+    full: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if not query.is_cuda:
         return _looped((query, key, value), offsets, scale, window), query.new_empty(0)
+    if full:
+        q, k, v = (_apart(x, longest) for x in (query, key, value))
+        dense = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, True, False, scale=scale
+        )
+        return _joined(dense[0]), dense[1]
     key, value = _repeated(key, query), _repeated(value, query)
     result = torch.ops.aten._flash_attention_forward(
         query, key, value, offsets, offsets, longest, longest, 0.0, True, False,
@@ -45,8 +52,11 @@ def _(
     longest: int,
     scale: float,
     window: int,
+    full: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (query.shape[1], query.shape[0]) if query.is_cuda else (0,)
+    shape: tuple[int, ...] = (query.shape[1], query.shape[0]) if query.is_cuda else (0,)
+    if query.is_cuda and full:
+        shape = (query.shape[0] // longest, query.shape[1], longest, 1)
     kind = torch.float32 if query.is_cuda else query.dtype
     return query.new_empty(query.shape), query.new_empty(shape, dtype=kind)
 
@@ -63,9 +73,19 @@ def _backward(
     longest: int,
     scale: float,
     window: int,
+    full: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if not query.is_cuda:
         return _looped_gradients(grad, (query, key, value), offsets, scale, window)
+    if full:
+        inputs = [_apart(x, longest) for x in (grad, query, key, value, out)]
+        nothing = torch.zeros((), dtype=torch.int64, device=query.device)  # is dropped
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *inputs, norm, nothing, nothing, None, None, None, longest, longest, 0.0, True,
+            scale=scale,
+        )  # fmt: skip
+        dq, dk, dv = (_joined(x) for x in found)
+        return dq, dk, dv
     heads = key.shape[1]
     state = torch.zeros(2, dtype=torch.uint64, device=query.device)  # nothing is dropped
     found = torch.ops.aten._flash_attention_backward(
@@ -89,6 +109,7 @@ def _(
     longest: int,
     scale: float,
     window: int,
+    full: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tuple(x.new_empty(x.shape) for x in (query, key, value))  # type: ignore[return-value]
 
@@ -101,7 +122,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 def _gradients(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     *tensors, offsets = ctx.saved_tensors
     found = torch.ops.chatfine.document_attention_backward(grad, *tensors, offsets, *ctx.settings)
-    return (*found, None, None, None, None)
+    return (*found, None, None, None, None, None)
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
@@ -115,6 +136,7 @@ def document_attention(
     longest: int,
     scale: float,
     window: int = 0,
+    full: bool = False,
 ) -> torch.Tensor:
     """Causal attention inside each document.
 
@@ -125,12 +147,14 @@ def document_attention(
         longest: no document has more tokens.
         scale: of the scores.
         window: how many tokens back a token sees, itself included; 0 = all.
+        full: every document has exactly `longest` tokens, so that cuDNN's attention, twice as fast
+            on an H100, can take them as one batch; without a window.
 
     Returns:
         (N, heads, head size)
     """
     output: torch.Tensor = torch.ops.chatfine.document_attention(
-        query, key, value, offsets, longest, scale, window
+        query, key, value, offsets, longest, scale, window, full
     )[0]
     return output
 
@@ -177,6 +201,16 @@ def _weights(q: torch.Tensor, k: torch.Tensor, scale: float, window: int) -> tor
         seen = seen.triu(1 - window)
     scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
     return scores.softmax(-1)
+
+
+def _apart(x: torch.Tensor, longest: int) -> torch.Tensor:
+    """(N, heads, size) → (documents, heads, longest, size)."""
+    return x.unflatten(0, (-1, longest)).transpose(1, 2)
+
+
+def _joined(x: torch.Tensor) -> torch.Tensor:
+    """What `_apart` took apart."""
+    return x.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _repeated(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

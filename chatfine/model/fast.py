@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -56,9 +57,35 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
 class LossModel(torch.nn.Module):
     """`loss_sum` as the forward of a module: one call for what hooks into modules, as FSDP does."""
 
+    keeps_gradients = False
+    """Whether gradients are emptied in place and not thrown away between steps."""
+
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def accumulate(
+        self,
+        batch: Batch,
+        labels: int,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        scaled: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+    ) -> torch.Tensor:
+        """Add the gradients of one micro-batch.
+
+        Args:
+            batch: the micro-batch.
+            labels: of the whole global batch.
+            context: of the forward pass: autocast.
+            scaled: what the gradient is taken of instead of the loss: fp16 scales it.
+
+        Returns:
+            The micro-batch's part of the global mean loss, a scalar on the device.
+        """
+        with context():
+            loss = self(batch) / labels
+        scaled(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The sum of the losses of the labels of `batch`."""
@@ -81,13 +108,24 @@ def loss_sum(
     if own is not None:
         total: torch.Tensor = own(model, batch)
         return total
+    where = torch.nonzero(batch.labels != IGNORE_INDEX).squeeze(1)  # (S,)
+    return loss_at(model, inputs(batch), where, batch.labels[where], compiled)
+
+
+def loss_at(
+    model: Any,
+    inputs: dict[str, Any],
+    where: torch.Tensor,
+    labels: torch.Tensor,
+    compiled: bool = False,
+) -> torch.Tensor:
+    """The same, told what the model gets and at which of its positions `where` (S,) it must say
+    `labels` (S,); IGNORE_INDEX among them counts nothing."""
     causal = causal_model(model)
     head = _plain_head(causal)
-    where = torch.nonzero(batch.labels != IGNORE_INDEX).squeeze(1)  # (S,)
-    labels = batch.labels[where]
     if head is None:
-        return _loss_through_model(causal, inputs(batch), where, labels)
-    hidden = causal.get_decoder()(**inputs(batch)).last_hidden_state[0]  # (N, D)
+        return _loss_through_model(causal, inputs, where, labels)
+    hidden = causal.get_decoder()(**inputs).last_hidden_state[0]  # (N, D)
     return linear_cross_entropy(hidden.index_select(0, where), head, labels, compiled)
 
 
@@ -97,4 +135,4 @@ def _loss_through_model(
     """The slow twin, for heads with a bias, a scale or a cap: the model's own logits."""
     logits = causal(**inputs, logits_to_keep=where).logits[0]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), labels, reduction="sum")
+    return F.cross_entropy(logits.to(wide), labels, ignore_index=IGNORE_INDEX, reduction="sum")

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from chatfine.model.storages import STORAGES, Fp8, Packed
+from chatfine.model.storages import STORAGES, Packed
 
 
 class FrozenLinear(nn.Linear):
@@ -41,9 +40,6 @@ class FrozenLinear(nn.Linear):
         self.weight = _frozen(torch.empty(codes, dtype=kind, device=device))
         self.scales = _frozen(torch.empty(scales, dtype=torch.uint8, device=device))
         self.turned: torch.Tensor | None = None  # no buffers: they move nowhere and are not stored
-        self.wide: torch.Tensor | None = None
-        self.tail_a: torch.Tensor | None = None
-        self.tail_b: torch.Tensor | None = None
         empty = torch.empty(out_features, dtype=dtype, device=device)
         self.register_parameter("bias", _frozen(empty) if bias else None)
 
@@ -68,40 +64,11 @@ class FrozenLinear(nn.Linear):
         """Keep the codes of an fp8 weight transposed too, for the backward product."""
         self.turned = self.weight.detach().t().contiguous()
 
-    def widen(self, columns: int) -> None:
-        """Make room for so many columns behind the codes of a weight that is multiplied in fp8, and
-        behind the transposed ones: what `model.lora_fp8` keeps there."""
-        if self.storage.name == "fp8":
-            self.wide = F.pad(self.weight.detach(), (0, columns))
-            self.weight = _frozen(self.wide[:, : self.in_features])
-            self.tail_b = self.wide[:, self.in_features :]
-        else:
-            self.tail_b = self.scales.new_zeros(self.out_features, columns)
-        if self.turned is not None:
-            self.turned = F.pad(self.turned, (0, columns))
-            self.tail_a = self.turned[:, self.out_features :]
-        else:
-            self.tail_a = self.scales.new_zeros(self.in_features, columns)
-
     @property
     def packed(self) -> Packed:
         """What is stored: codes and scales, and what `keep_turned` added."""
         extra = () if self.turned is None else (self.turned,)
-        codes = self.weight if self.wide is None else self.wide
-        return (codes, self.scales, *extra)
-
-    def narrow(self) -> None:
-        """Undo `widen`."""
-        self.wide = self.tail_a = self.tail_b = None
-        self.weight = _frozen(self.weight.detach().contiguous())
-        if self.turned is not None:
-            self.turned = self.turned[:, : self.out_features].contiguous()
-
-    @property
-    def fp8_scales(self) -> torch.Tensor:
-        """The scales (out, 1) of a weight that is multiplied in fp8."""
-        assert isinstance(self.storage, Fp8)
-        return self.storage.fp8((self.weight, self.scales), self.in_features)[1]
+        return (self.weight, self.scales, *extra)
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -126,9 +93,8 @@ class FrozenLinear(nn.Linear):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         rows = x.reshape(-1, self.in_features)
-        packed = (self.weight, *self.packed[1:2])
         y: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            rows, self.storage.name, self.in_features, *packed
+            rows, self.storage.name, self.in_features, *self.packed
         )
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from chatfine.model.frozen import FrozenLinear
-from chatfine.model.lora_fp8 import LoraFp8
 from chatfine.model.storages import PLAIN, STORAGES, Fp8, Storage, multiplies_fp8
 
 
@@ -34,6 +33,7 @@ def install(model: nn.Module) -> int:
         if type(module) is Linear and _is_plain(module):
             module.__class__ = _fused()
             module.fused_adapter = module.active_adapters[0]
+            module.group = None  # see `model.lora_fp8`
             count += 1
     return count
 
@@ -62,15 +62,14 @@ def on_fp8(model: nn.Module) -> list[Any]:
 
 
 def _is_plain(module: Any) -> bool:
-    """Whether the layer is base + scale·B·A on a float or packed linear without bias or dropout."""
+    """Whether the layer is base + scale·B·A on a float or packed linear without dropout."""
     kinds = (nn.Linear, FrozenLinear)
     if len(module.active_adapters) != 1 or type(module.base_layer) not in kinds:
         return False
     name = module.active_adapters[0]
     dropout = module.lora_dropout[name]
     return (
-        module.base_layer.bias is None
-        and not module.base_layer.weight.requires_grad
+        not any(one.requires_grad for one in module.base_layer.parameters())
         and not module.lora_variant.get(name)
         and not module.lora_bias.get(name)
         and not module.fan_in_fan_out
@@ -92,27 +91,24 @@ def _fused() -> Any:
             if not plain or self.active_adapters != [self.fused_adapter]:
                 result: torch.Tensor = super().forward(x, *args, **kwargs)
                 return result
-            return _forward(self, self.fused_adapter, x)
+            y = _forward(self, x) if self.group is None else self.group.output(self, x)
+            return y if self.base_layer.bias is None else y + self.base_layer.bias.to(y.dtype)
 
     return FusedLinear
 
 
-def _forward(module: Any, name: str, x: torch.Tensor) -> torch.Tensor:
+def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    name, base = module.fused_adapter, module.base_layer
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    base = module.base_layer
     storage, packed = PLAIN.name, (base.weight,)
-    tails: tuple[torch.Tensor, ...] = ()
     if isinstance(base, FrozenLinear):
         storage, packed = base.storage.name, base.packed
-        if base.tail_a is not None and base.tail_b is not None:
-            tails = (base.tail_b, base.tail_a)
     else:
         x = x.to(base.weight.dtype)
-    kind = LoraFp8 if tails else _LoraLinear
-    fused: torch.Tensor = kind.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]), a, b, module.scaling[name], storage, *tails, *packed
+    y: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x.reshape(-1, x.shape[-1]), a, b, module.scaling[name], storage, *packed
     )
-    return fused.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):

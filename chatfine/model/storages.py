@@ -210,7 +210,11 @@ class Fp8(Storage):
 
     def fp8(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         """e4m3 codes (out, in) and float32 scales (out, 1)."""
-        return packed[0].view(E4M3), packed[1].view(torch.float32)
+        return packed[0].view(E4M3), self.fp8_scales(packed)
+
+    def fp8_scales(self, packed: Packed) -> torch.Tensor:
+        """The scales (out, 1) alone."""
+        return packed[1].view(torch.float32)
 
     def fp8_turned(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same codes as (in, out), each row in one piece, and the scales (out, 1)."""
@@ -234,9 +238,14 @@ class NF4Fp8(NF4, Fp8):
 
     def fp8(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Fp8.fp8`."""
-        codes, largest = packed[0], packed[1].view(torch.float32)  # (out, in / 2), (out, blocks)
-        scales = largest.amax(1, keepdim=True).clamp(min=FP8_SMALLEST) * (FP8_ROOM / E4M3_MAX)
-        return nf4_values(codes, largest / scales, in_features).to(E4M3), scales
+        scales = self.fp8_scales(packed)
+        largest = packed[1].view(torch.float32)  # (out, blocks)
+        return nf4_values(packed[0], largest / scales, in_features).to(E4M3), scales
+
+    def fp8_scales(self, packed: Packed) -> torch.Tensor:
+        """See `Fp8.fp8_scales`."""
+        largest = packed[1].view(torch.float32)
+        return largest.amax(1, keepdim=True).clamp(min=FP8_SMALLEST) * (FP8_ROOM / E4M3_MAX)
 
     def fp8_turned(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Fp8.fp8_turned`."""

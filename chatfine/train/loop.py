@@ -17,6 +17,7 @@ from torch import nn
 
 from chatfine.errors import Stopped
 from chatfine.i18n import t
+from chatfine.model.fast import LossModel
 from chatfine.train.distributed import Group, whole
 from chatfine.train.optim import Schedule
 from chatfine.train.rng import rng_tensors, set_rng_tensors
@@ -81,7 +82,7 @@ class Precision:
 class Trainer:
     """The objects of one run and the loop over them."""
 
-    model: nn.Module  # Batch → sum of the losses of its labels
+    model: LossModel
     parameters: Mapping[str, nn.Parameter]
     batches: BatchSource
     optimizer: torch.optim.Optimizer
@@ -136,7 +137,7 @@ class Trainer:
             self.group.tick()
         loss, tokens, stopping = self.group.sums(loss, tokens, stopping)
         if stopping:
-            self.optimizer.zero_grad(set_to_none=True)
+            self._forget()
             set_rng_tensors(before, self.device)
             return False
         if not math.isfinite(loss):
@@ -158,10 +159,10 @@ class Trainer:
 
     def _accumulate(self, batch: Batch, labels: int) -> float:
         """Add the gradients of one micro-batch; returns its part of the step's mean loss."""
-        with self.precision.context():
-            loss = self.model(batch) / labels
-        self.precision.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        precision = self.precision
+        return float(
+            self.model.accumulate(batch, labels, precision.context, precision.scaler.scale)
+        )
 
     def _update(self, learning_rate: float) -> float:
         """Clip, step, clear; returns the gradient norm. Nothing is updated if it is not finite."""
@@ -182,8 +183,12 @@ class Trainer:
             group["lr"] = group.get("scale", 1.0) * rate
         scaler.step(self.optimizer)
         scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget()
         return norm
+
+    def _forget(self) -> None:
+        """Empty the gradients."""
+        self.optimizer.zero_grad(set_to_none=not self.model.keeps_gradients)
 
     def _hold_back(self) -> None:
         """Forget the gradients of what does not learn yet, before clipping and moments see them."""

@@ -1,0 +1,121 @@
+"""The left factor of an fp8 product in one pass: a row's scale, its codes, and the columns of an
+adapter behind them.
+
+A row fits into the registers of one program, so it is read once: its largest magnitude, then the
+codes. The twin in plain torch serves where there is no Triton.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from chatfine.model.storages import E4M3, E4M3_MAX, FP8_SMALLEST
+
+LONGEST_ROW = 65536
+
+
+@torch.library.custom_op("chatfine::fp8_rows", mutates_args=())
+def fp8_rows(
+    x: torch.Tensor, inner: torch.Tensor, factors: torch.Tensor | None, unit: float, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[x · factors | hi(i) | lo(i) | hi(i) | 0] with i = unit · inner, as e4m3 times a row's scale.
+
+    Args:
+        x: (N, K), its rows in one piece.
+        inner: (N, R); hi(i) is i as an 8-bit float, lo(i) what that leaves of it.
+        factors: (K,) float32, of the columns of x, or None.
+        unit: of `inner`.
+        width: columns behind x, at least 3 R; the rest is zero.
+
+    Returns:
+        Codes (N, K + width) as bytes and float32 scales (N, 1).
+    """
+    kernel = _kernel() if x.is_cuda and x.shape[1] <= LONGEST_ROW else None
+    if kernel is None:
+        return _plain(x, inner, factors, unit, width)
+    rows, size = x.shape
+    x, inner = x.contiguous(), inner.contiguous()
+    codes = torch.empty(rows, size + width, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = max(16, 1 << (size - 1).bit_length())
+    kernel[(rows,)](
+        x, inner, x if factors is None else factors, codes.view(E4M3), scales, size,
+        inner.shape[1], width, unit, HAS_FACTORS=factors is not None, BLOCK=block,
+        TAIL=max(16, 1 << (width - 1).bit_length()), num_warps=4 if block <= 4096 else 8,
+    )  # fmt: skip
+    return codes, scales
+
+
+@fp8_rows.register_fake
+def _(
+    x: torch.Tensor, inner: torch.Tensor, factors: torch.Tensor | None, unit: float, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = x.new_empty((x.shape[0], x.shape[1] + width), dtype=torch.uint8)
+    return codes, x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x as the sum of two e4m3 numbers, as far as they reach."""
+    high = x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    return high, (x - high.float()).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+def _plain(
+    x: torch.Tensor, inner: torch.Tensor, factors: torch.Tensor | None, unit: float, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide, own = x.float(), inner.float() * unit
+    if factors is not None:
+        wide = wide * factors
+    largest = torch.maximum(wide.abs().amax(1, keepdim=True), own.abs().amax(1, keepdim=True))
+    scales = largest.clamp(min=FP8_SMALLEST) / E4M3_MAX
+    codes = torch.zeros(len(x), x.shape[1] + width, dtype=torch.uint8, device=x.device)
+    high, low = split(own / scales)
+    begin = 0
+    for part in (split(wide / scales)[0], high, low, high):
+        codes[:, begin : begin + part.shape[1]] = part.view(torch.uint8)
+        begin += part.shape[1]
+    return codes, scales
+
+
+@functools.lru_cache(maxsize=1)
+def _kernel() -> Any:
+    """The Triton program, or None where Triton is missing."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    smallest, largest = tl.constexpr(FP8_SMALLEST), tl.constexpr(E4M3_MAX)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def rows(
+        x, inner, factors, codes, scales, size, rank, width, unit,
+        HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < size
+        numbers = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_FACTORS:
+            numbers *= tl.load(factors + column, mask=inside, other=0.0)
+        place = tl.arange(0, TAIL)
+        third = place // rank  # hi, lo, hi, nothing
+        own = tl.load(
+            inner + row * rank + place % rank, mask=third < 3, other=0.0
+        ).to(tl.float32) * unit  # fmt: skip
+        most = tl.maximum(tl.max(tl.abs(numbers)), tl.max(tl.abs(own)))
+        scale = tl.maximum(most, smallest) / largest
+        tl.store(scales + row, scale)
+        begin = codes + row * (size + width)
+        tl.store(begin + column, (numbers / scale).to(tl.float8e4nv), mask=inside)
+        own = own / scale
+        high = own.to(tl.float8e4nv)
+        low = (own - high.to(tl.float32)).to(tl.float8e4nv)
+        both = tl.where(third == 1, low.to(tl.float32), high.to(tl.float32))
+        tl.store(begin + size + place, both.to(tl.float8e4nv), mask=place < width)
+
+    return rows

@@ -16,51 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from inputs import SHAPES, write_model, write_texts
+
 from chatfine import console
-
-SHAPES: dict[str, dict[str, int]] = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "num_key_value_heads": 32},
-    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-           "num_attention_heads": 32, "num_key_value_heads": 4},
-    "tiny": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2},
-}  # fmt: skip
-"""Llama-2-7B, TinyLlama-1.1B, and one for trying this script."""
-
-
-def write_model(folder: Path, shape: str, tokenizer: Path) -> None:
-    """Random bf16 weights of a shape, with a real tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    size = len(AutoTokenizer.from_pretrained(str(tokenizer)))
-    config = LlamaConfig(
-        **SHAPES[shape], vocab_size=-(-size // 64) * 64, max_position_embeddings=4096
-    )
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(str(folder))
-    for file in tokenizer.iterdir():
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)
-
-
-def write_data(file: Path, rows: int, words: int) -> None:
-    """Dialogues of random English words, all different."""
-    import random
-
-    source = random.Random(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = ["".join(source.choices(letters, k=source.randint(2, 9))) for _ in range(4000)]
-    with file.open("w", encoding="utf-8") as stream:
-        for _ in range(rows):
-            text = " ".join(source.choices(vocabulary, k=words))
-            stream.write(json.dumps({"text": text}) + "\n")
 
 
 def run(options: argparse.Namespace, model: Path, data: Path, case: dict[str, Any]) -> Any:
@@ -109,7 +67,7 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     data = options.work / "rows.jsonl"
-    write_data(data, 2000, options.length // 8)
+    write_texts(data, 2000, options.length // 8)
     lora = {"--method": "lora", "--rank": 16}
     full = {"--method": "full", "--learning-rate": 1e-5}
     n = options.processes

@@ -48,8 +48,9 @@ def ids(tokenizer: Growable) -> Encode:
     return lambda texts: [encoding.ids for encoding in tokenizer.encode(texts)]
 
 
-def naive(base: Growable, texts: Sequence[str], size: int) -> tuple[Encode, int, int]:
-    """The usual merge of two SentencePiece models: how it encodes, its size, its idle pieces."""
+def naive(base: Growable, texts: Sequence[str], size: int) -> tuple[Encode, int, int, int]:
+    """The usual merge of two SentencePiece models: how it encodes, its size, its unused and its
+    unreachable pieces."""
     import sentencepiece as spm
     from sentencepiece import sentencepiece_model_pb2 as protocol
 
@@ -71,7 +72,11 @@ def naive(base: Growable, texts: Sequence[str], size: int) -> tuple[Encode, int,
     encode: Encode = lambda texts: processor.encode(list(texts), num_threads=1)  # noqa: E731
     used = {number for one in encode(texts) for number in one}
     idle = sum(base.first_new + n not in used for n in range(len(fresh)))
-    return encode, len(fresh), idle
+    model.normalizer_spec.add_dummy_prefix = False  # each piece alone, as it is spelled
+    alone = spm.SentencePieceProcessor(model_proto=model.SerializeToString())
+    pieces = alone.encode([piece.replace("▁", " ") for piece in fresh], num_threads=1)
+    lost = sum(ids != [base.first_new + n] for n, ids in enumerate(pieces))
+    return encode, len(fresh), idle, lost
 
 
 def main() -> None:
@@ -107,8 +112,8 @@ def main() -> None:
         add_growth("corpus", growth, time.perf_counter() - begin)
         if options.naive:
             begin = time.perf_counter()
-            encode, count, idle = naive(base, learn_from, size)
-            add(f"naive +{count:,}", encode, time.perf_counter() - begin, f"{idle}, ?")
+            encode, count, idle, lost = naive(base, learn_from, size)
+            add(f"naive +{count:,}", encode, time.perf_counter() - begin, f"{idle}, {lost}")
     console.table(["vocabulary", *SETS, "unused, unreachable", "English pages changed", "s"], rows)
 
 

@@ -225,6 +225,9 @@ class TrainConfig(ModelOptions, DataOptions):
     """examples (packed: rows of --max-length tokens) a step and device; 0 = automatic"""
     accumulate: Positive = 1
     """micro-batches summed into one optimizer step"""
+    rope_scaling: Literal["auto", "none", "linear", "dynamic", "yarn", "llama3"] = "auto"
+    """how the model reads a --max-length beyond its own: yarn is the usual choice; auto = not at
+    all, or as the --adapter does"""
     packing: Literal["auto", "on", "off"] = "auto"
     """fill rows of --max-length tokens with several examples that do not see each other"""
     checkpointing: Literal["auto", "none", "full"] = "auto"
@@ -361,6 +364,8 @@ class ExpandConfig(Config):
     """the same for the rows of the head, where it is not the embedding itself"""
     advise: bool = False
     """only measure the corpus and say whether more pieces pay"""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """what happens to rows that can't be used"""
     overwrite: bool = False
     """replace the output folder"""
 

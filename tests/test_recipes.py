@@ -1,15 +1,20 @@
-"""The launchers in recipes/: what they start, and when they start it again."""
+"""The launchers in recipes/: what they start, and when they start it again. The Chinese path of
+the two medical recipes: its commands, on a tiny model."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_lines import check, ray_train
+from command_lines import check, in_header, ray_train
+
+from chatfine import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "recipes" / "slurm.sh"
@@ -123,3 +128,44 @@ def test_ray_is_not_started_for_settings_that_are_wrong(
     assert ray_train().main(["--workers", "2", *words]) == 2
     assert says in capsys.readouterr().err
     assert "ray" not in sys.modules
+
+
+SMALL = {
+    "plan": ["--device", "cpu"],
+    "train": ["--device", "cpu", "--max-steps", "3", "--batch-size", "2"],
+    "chat": ["--max-new-tokens", "4"],
+}
+"""What makes a command of a recipe small."""
+
+
+@pytest.mark.parametrize("recipe", ["medical_zh.yaml", "medical_corpus_zh.yaml"])
+def test_the_chinese_path_goes_from_one_end_to_the_other(
+    recipe: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Grow, train, merge, ask: the commands in the header, in their order."""
+    monkeypatch.setenv("CHATFINE_HOME", str(tmp_path / "home"))
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    shutil.copytree(tiny, tmp_path / "chat_7b_hf")
+    personal = tmp_path / "datasets_processing" / "personal_dataset"
+    personal.mkdir(parents=True)
+    texts = ["感谢您的咨询，祝您身体健康。", "高血压患者可以用这种药吗？", "请问孩子发烧怎么办？"]
+    rows = [{"title": texts[i % 3], "ask": f"{i}？", "answer": texts[(i + 1) % 3]}
+            for i in range(120)]  # fmt: skip
+    records = [{"question": row["title"], "answer": row["answer"]} for row in rows]
+    for path, lines_ in (
+        (tmp_path / "medical.jsonl", rows),
+        (personal / "format_data.json", records),
+    ):
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in lines_)
+        path.write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    commands = in_header((ROOT / "recipes" / recipe).read_text(encoding="utf-8"))
+    assert [line.split()[1] for line in commands[-4:]] == ["plan", "train", "merge", "chat"]
+    assert commands[0].split()[1] == "expand-vocab"
+    for line in commands:
+        words = shlex.split(line.replace("--size 8000", "--size 20"))[1:]
+        assert cli.main([*words, *SMALL.get(words[0], [])]) == 0, line
+    printed = capsys.readouterr().out
+    assert "new rows" in printed
+    assert "proved: logits" in printed

@@ -9,6 +9,8 @@ from typing import Any
 
 from chatfine import console
 from chatfine.config import ExpandConfig
+from chatfine.data.problems import Problems
+from chatfine.data.rows import Row
 from chatfine.data.sources import read_rows
 from chatfine.errors import DataError, TokenizerError
 from chatfine.hub.folder import ModelFolder, check_config
@@ -86,21 +88,35 @@ class Costs:
                    _BYTES.get(named, 2))  # fmt: skip
 
 
-def read_corpus(names: Sequence[str], base: Growable) -> Corpus:
+def read_corpus(names: Sequence[str], base: Growable, skip: bool = False) -> Corpus:
     """All texts of the rows of some data sets or files.
 
+    A text that spells a control token is no running text: it was made for another program, and its
+    tokens would be counted as words. Other rows that can't be used are treated the same.
+
+    Args:
+        skip: leave such rows out and count them.
+
     Raises:
-        DataError: a file that can't be read, or no text at all.
+        DataError: corpus-control-token, a file or row that can't be read, or no text at all.
     """
     texts: list[str] = []
     characters = 0
-    for text in _texts(names):
+    problems = Problems(skip)
+    for row, text in _texts(names, problems):
+        control = base.spelled_control(text)
+        if control:
+            problems.add(_spells_control(row, control))
+            continue
         if characters + len(text) > MOST_CHARACTERS:
             console.warn(t("only the first {n} characters of the corpus are used",
                            n=f"{characters:,}"))  # fmt: skip
             break
         texts.append(text)
         characters += len(text)
+    problems.raise_if_any()
+    if problems.total:
+        console.warn(t("{count} rows of the corpus are left out", count=problems.total))
     if not texts:
         raise DataError(
             "corpus-empty",
@@ -108,22 +124,25 @@ def read_corpus(names: Sequence[str], base: Growable) -> Corpus:
             where="--corpus",
             fix=t("name text, JSON, CSV or parquet files in the language that is to be added"),
         )
-    count, example = base.spelled_control(texts)
-    if count:
-        console.warn(
-            t("{count} texts spell a control token ({example}): in a corpus it is ordinary text",
-              count=count, example=example)
-        )  # fmt: skip
     rest, apart = split(texts)
     return Corpus(rest, apart, characters)
 
 
-def _texts(names: Sequence[str]) -> Iterator[str]:
+def _spells_control(row: Row, token: str) -> DataError:
+    return DataError(
+        "corpus-control-token",
+        t("the text spells the control token {token}", token=token),
+        where=row.where,
+        fix=t("take the control tokens out of the corpus: new pieces are learned from plain text"),
+    )
+
+
+def _texts(names: Sequence[str], problems: Problems) -> Iterator[tuple[Row, str]]:
     for name in names:
-        for row in read_rows(name):
+        for row in read_rows(name, on_bad=problems.add):
             text = "\n".join(_strings(row.values))
             if text.strip():
-                yield text.encode("utf-8", "replace").decode()  # a lone half of a pair
+                yield row, text.encode("utf-8", "replace").decode()  # a lone half of a pair
 
 
 def _strings(value: Any) -> Iterator[str]:

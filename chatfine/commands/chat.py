@@ -105,7 +105,8 @@ def _load(opened: Sequence[Opened], config: ChatConfig, checks: Sequence[Check])
     if len(opened) == 2:
         paths = [one.source.model.resolve() for one in opened]
         adapters = [one.source.adapter for one in opened]
-        if paths[0] == paths[1] and adapters.count(None) == 1:
+        same = paths[0] == paths[1] and opened[0].positions == opened[1].positions
+        if same and adapters.count(None) == 1:
             tuned = adapters.index(None) ^ 1
             model = opened[tuned].load(dtype, device, storages[tuned])
             return [

@@ -21,6 +21,7 @@ from chatfine.hub.place import check_output, put_in_place
 from chatfine.hub.shards import write_json
 from chatfine.hub.to_meta import folder_to_meta
 from chatfine.i18n import t
+from chatfine.model.positions import with_positions_of
 from chatfine.tokenizer import tiktoken
 from chatfine.tokenizer.convert import read_model_file
 from chatfine.tokenizer.encode import ChatTokenizer
@@ -32,6 +33,7 @@ from chatfine.tokenizer.files import (
     write_tokenizer,
 )
 from chatfine.tokenizer.template import LLAMA2, LLAMA3
+from chatfine.train.prepare import positions_of
 
 _FORMATS = {"auto": "", "fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _TEMPLATES = {"Llama 2": LLAMA2, "Code Llama": LLAMA2, "Llama 3": LLAMA3, "Llama 3.1": LLAMA3}
@@ -214,6 +216,8 @@ def _from_run(config: ConvertConfig, run: Path) -> dict[str, Any]:
             fix=f"chatfine merge {run} -o {config.output}",
         )  # fmt: skip
     base = read_model_folder(find_model(settings.model))
+    positions = positions_of(settings, base)
+    base = with_positions_of(base, positions)
     with _staged(config, run) as staged:
         from chatfine.train.consolidate import run_to_folder
 
@@ -221,7 +225,7 @@ def _from_run(config: ConvertConfig, run: Path) -> dict[str, Any]:
         template = None
         if settings.template != "model":
             template = ChatTokenizer.load(base.path, template=settings.template).template
-        copy_tokenizer(base.path, staged, template)
+        copy_tokenizer(base.path, staged, template, positions.length if positions else 0)
         _check(staged)
     return _show(config, {"step": step})
 

@@ -12,13 +12,16 @@ from chatfine.config import ExpandConfig
 from chatfine.errors import ModelError, TokenizerError, UsageError
 from chatfine.hub.catalog import find_model
 from chatfine.hub.folder import ModelFolder, check_config, read_model_folder
+from chatfine.hub.headers import read_json
 from chatfine.hub.place import check_output, put_in_place
+from chatfine.hub.vocabulary import FILE as VOCABULARY
+from chatfine.hub.vocabulary import read_vocabulary
 from chatfine.i18n import t
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.tokenizer.expand import fill
 from chatfine.tokenizer.grow_files import readable, write_grown
 from chatfine.tokenizer.growable import Growable, Growth
-from chatfine.tokenizer.hanzi import hanzi
+from chatfine.tokenizer.hanzi import LLAMA2_FIRST, LLAMA2_PIECES, hanzi
 from chatfine.tokenizer.learn import Learned
 
 if TYPE_CHECKING:
@@ -51,7 +54,9 @@ def expand(config: ExpandConfig) -> dict[str, Any]:
         check_output(Path(config.output), config.overwrite, (folder,))
     found: dict[str, Any] = {}
     if config.corpus:
-        corpus = read_corpus(config.corpus, base)
+        if not config.advise:
+            _check_trained(folder, model)
+        corpus = read_corpus(config.corpus, base, skip=config.on_bad_row == "skip")
         costs = Costs.of(model, folder)
         if config.advise:
             return advise(base, corpus, costs, config)
@@ -59,8 +64,9 @@ def expand(config: ExpandConfig) -> dict[str, Any]:
         growth, found = _learn(base, corpus, size)
     else:
         growth = _preset(base)
-    _say_ids(base, config.preset)
-    if config.form == "added-tokens":
+        _check_trained(folder, model)
+    _say_ids(base, growth, config)
+    if config.form == "added-tokens" and base.kind == "sentencepiece":
         console.warn(
             t("in this form Chinese text loses spaces (习a comes back as 习 a) and is encoded at "
               "half the speed; without --form added-tokens the new pieces become part of the "
@@ -68,7 +74,7 @@ def expand(config: ExpandConfig) -> dict[str, Any]:
         )  # fmt: skip
     output = Path(config.output)
     result = _write(config, base, growth, folder if model else None)
-    shown = _show(base, growth, output, result)
+    shown = _show(base, config.form, output, result)
     if result is None and rows:
         console.say(t("there are no weights in {path}: only the tokenizer has grown", path=folder))
     return {"output": str(output), "kind": base.kind, "form": config.form} | shown | found
@@ -90,7 +96,7 @@ def _catch_up(config: ExpandConfig) -> dict[str, Any] | None:
     console.say(t("growing embedding and head of {path} …", path=folder))
     result = grow(folder, folder, output, config.init, config.init_output,
                   overwrite=config.overwrite)  # fmt: skip
-    console.say(t("written: {path}", path=output))
+    _say_written(output, result)
     return {"output": str(output), "old_size": result.old_rows, "new_size": result.rows,
             "rows": result.rows, "added_parameters": result.added_parameters}  # fmt: skip
 
@@ -101,7 +107,8 @@ def _check(config: ExpandConfig) -> None:
     Raises:
         UsageError: naming the flags.
     """
-    example = f"chatfine expand-vocab -m {config.model} --preset hanzi -o NEW_FOLDER"
+    way = "--corpus FILE --size 8000" if config.corpus else "--preset hanzi"
+    example = f"chatfine expand-vocab -m {config.model} {way} -o NEW_FOLDER"
     wrong = ""
     if (config.preset != "none") == bool(config.corpus):
         wrong = t("give either --preset hanzi or --corpus FILE")
@@ -152,7 +159,9 @@ def _check_rows(folder: Path, model: ModelFolder | None, base: Growable) -> int:
               pieces=base.first_new, rows=rows),
             where=str(folder),
             why=t("they do not belong together, or this tokenizer has grown and the model has not"),
-            fix=[t("put the model's own tokenizer files back, then grow that one"),
+            fix=[t("give the embedding more rows: {command}",
+                   command=f"chatfine expand-vocab -m {folder} -o NEW_FOLDER"),
+                 t("put the model's own tokenizer files back, then grow that one"),
                  t("a tokenizer that chatfine grew: start again from the folder it was grown "
                    "from")],
         )  # fmt: skip
@@ -183,23 +192,62 @@ def _learn(base: Growable, corpus: Corpus, size: int) -> tuple[Growth, dict[str,
     return growth, corpus.report(base, growth)
 
 
-def _say_ids(base: Growable, preset: str) -> None:
-    """Say where new ids begin when special tokens stand in the way."""
+def _check_trained(folder: Path, model: ModelFolder | None) -> None:
+    """Refuse to grow again what has grown and not been trained since.
+
+    The new vocabulary.json would name the newest pieces only, and the rows of those before would
+    never learn.
+
+    Raises:
+        TokenizerError: grown-twice.
+    """
+    facts = folder / "chatfine.json"
+    if not (folder / VOCABULARY).is_file():
+        return
+    if model and not (facts.is_file() and read_json(facts).get("kind") == "grown"):
+        return
+    raise TokenizerError(
+        "grown-twice",
+        t("the vocabulary in {path} has grown before, and its new rows have not been trained",
+          path=folder),
+        where=str(folder / VOCABULARY),
+        why=t("training would know the newest pieces only; the rows of those before would stay as "
+              "they are"),
+        fix=[t("start from the folder it was grown from"),
+             t("or train and merge it, then grow the merged model: {command}",
+               command=f"chatfine train -m {folder} -d DATASET -o my-run")],
+    )  # fmt: skip
+
+
+def _say_ids(base: Growable, growth: Growth, config: ExpandConfig) -> None:
+    """Say where new ids begin when special tokens stand in the way.
+
+    Raises:
+        TokenizerError: special-token-in-the-way: the table of ids that hanzi promises on Llama-2
+            can't be kept.
+    """
     beyond = len(base.vocab)
     names = [str(entry["content"]) for entry in base.files.spec["added_tokens"]
              if int(entry["id"]) >= beyond]  # fmt: skip
     if not names:
         return
+    if config.preset == "hanzi" and (beyond, len(growth.pieces)) == (LLAMA2_FIRST, LLAMA2_PIECES):
+        raise TokenizerError(
+            "special-token-in-the-way",
+            t("special tokens ({names}) hold ids from {first} on, where the pieces of hanzi begin",
+              names=", ".join(names[:3]), first=beyond),
+            where=str(base.files.folder),
+            why=t("习 would be {id} and not 32069, and no id would be that of the tutorial's table",
+                  id=32069 + base.first_new - beyond),
+            fix=[t("start from the model's original tokenizer, which has no such token"),
+                 t("or learn pieces from your text, whose ids stand in no table: {command}",
+                   command=f"chatfine expand-vocab -m {config.model} --corpus FILE -o NEW_FOLDER")],
+        )  # fmt: skip
     console.say(
         t("special tokens ({names}) hold ids from {first} on and keep them: new pieces begin at "
           "{new}", names=", ".join(names[:3]) + (", …" if len(names) > 3 else ""), first=beyond,
           new=base.first_new)
     )  # fmt: skip
-    if preset == "hanzi" and beyond == 32000:
-        console.warn(
-            t("so the ids are not those of the tutorial's table, where 习 is 32069 and no token "
-              "was added before")
-        )  # fmt: skip
 
 
 def _write(
@@ -223,32 +271,39 @@ def _write(
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _show(
-    base: Growable, growth: Growth, output: Path, result: GrowResult | None
-) -> dict[str, Any]:
-    """Sizes and examples."""
+def _show(base: Growable, form: str, output: Path, result: GrowResult | None) -> dict[str, Any]:
+    """Sizes and examples, as the folder that was written has them."""
     old, new = ChatTokenizer.load(base.files.folder), ChatTokenizer.load(output)
     found: dict[str, Any] = {"old_size": old.size, "new_size": new.size}
     console.say(t("vocabulary: {old} → {new} pieces", old=f"{old.size:,}",
                   new=f"{new.size:,}"), "bold")  # fmt: skip
-    numbered = list(enumerate(growth.pieces, start=base.first_new))
+    vocabulary = read_vocabulary(output)
+    assert vocabulary is not None
+    numbered = list(zip(vocabulary.ids, vocabulary.pieces, strict=True))
     picked = numbered[:3] + numbered[max(3, len(numbered) - 3) :]
     console.say(t("new: {pieces}", pieces="  ".join(
-        f"{readable(base, piece.spelling)} {number}" for number, piece in picked)))  # fmt: skip
+        f"{readable(base, piece) if form == 'grown' else piece} {number}"
+        for number, piece in picked)))  # fmt: skip
     for text in _EXAMPLES:
         before, now = old.encode_text(text), new.encode_text(text)
         console.say(f"{text}  {len(before)} → {len(now)}: {' '.join(map(str, now))}")
+    _say_written(output, result)
+    if result is not None:
+        found |= {"rows": result.rows, "added_parameters": result.added_parameters}
+    return found
+
+
+def _say_written(output: Path, result: GrowResult | None) -> None:
+    """The model's rows, where they have grown, the folder, and what to do next."""
     if result is not None:
         console.say(
             t("rows: {old} → {new} (a multiple of 64), {weights} weights more",
               old=f"{result.old_rows:,}", new=f"{result.rows:,}",
               weights=f"{result.added_parameters:,}")
         )  # fmt: skip
-        found |= {"rows": result.rows, "added_parameters": result.added_parameters}
     console.say(t("written: {path}", path=output))
     if result is not None:
         console.say(
             t("the new rows know nothing yet; train them: {command}",
               command=f"chatfine train -m {output} -d DATASET -o my-run"), "bold"
         )  # fmt: skip
-    return found

@@ -17,6 +17,7 @@ from chatfine.hub.folder import (
 )
 from chatfine.hub.headers import read_json
 from chatfine.i18n import t
+from chatfine.model.positions import Positions, of_adapter, with_positions_of
 from chatfine.runtime import require_storage
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.tokenizer.files import read_files
@@ -37,6 +38,8 @@ class Opened:
     tokenizer: ChatTokenizer
     facts: dict[str, Any]
     """what chatfine.json says about the training; empty for a model from elsewhere"""
+    positions: Positions | None = None
+    """how the base of an adapter reads more tokens than its files say"""
 
     @property
     def system(self) -> str:
@@ -69,7 +72,7 @@ class Opened:
         from chatfine.model.adapters import load_adapter
         from chatfine.model.load import load_model
 
-        model = load_model(self.source.model, dtype, device, quantize)
+        model = load_model(self.source.model, dtype, device, quantize, self.positions)
         return load_adapter(model, self.source.adapter) if self.source.adapter else model
 
 
@@ -95,7 +98,11 @@ def open_source(name: str, base: str = "", template: str = "model") -> Opened:
     _check_canaries(tokenizer, facts, place)
     if source.adapter:
         _check_base(folder, facts, explicit=bool(base), where=source.adapter)
-    return Opened(name, source, folder, tokenizer, facts)
+    positions = of_adapter(source.adapter)
+    if positions is not None:
+        console.say(t("positions as in training: {positions}", positions=positions))
+    folder = with_positions_of(folder, positions)
+    return Opened(name, source, folder, tokenizer, facts, positions)
 
 
 def _tokenizer(source: Source, facts: dict[str, Any], template: str) -> ChatTokenizer:

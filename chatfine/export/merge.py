@@ -33,6 +33,7 @@ from chatfine.hub.folder import read_model_folder
 from chatfine.hub.place import check_disk, check_output, put_in_place
 from chatfine.i18n import t
 from chatfine.model.load import load_model
+from chatfine.model.positions import of_adapter
 from chatfine.tokenizer.encode import ChatTokenizer
 
 MAX_GAP = 1e-3
@@ -85,7 +86,7 @@ def merge(
     """
     output = output.absolute()
     check_output(output, overwrite, (model, adapter))
-    job = Merging(read_model_folder(model), read_adapter(adapter), dtype)
+    job = Merging(read_model_folder(model), read_adapter(adapter), dtype, of_adapter(adapter))
     staged = output.with_name(f".{output.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     check_disk(output, sum(size for _, _, size in job.plan))

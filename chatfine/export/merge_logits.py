@@ -63,7 +63,7 @@ def choose(job: Merging, prompts: Sequence[Sequence[int]]) -> Choice | None:
 
 def tuned_logits(job: Merging, prompts: Sequence[Sequence[int]], storage: str) -> Logits:
     """Logits of base + adapter as PEFT computes them, the base stored as `storage` says."""
-    base = load_model(job.base.path, torch.float32, quantize=storage)
+    base = load_model(job.base.path, torch.float32, quantize=storage, positions=job.positions)
     tuned = load_adapter(base, job.adapter.path)
     lora.uninstall(tuned)  # PEFT's own forward is the judge, not our faster one
     learned_rows.uninstall(tuned)
@@ -89,7 +89,7 @@ def merged_model(job: Merging) -> Any:
     Raises:
         ProofError: a weight that the model in memory has not by this name.
     """
-    model = load_model(job.base.path, torch.float32)
+    model = load_model(job.base.path, torch.float32, positions=job.positions)
     if job.untied:
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())

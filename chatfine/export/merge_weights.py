@@ -21,6 +21,7 @@ from chatfine.export.adapter import Adapter, Change, find_parameter
 from chatfine.hub.folder import ModelFolder
 from chatfine.hub.headers import INDEX
 from chatfine.i18n import t
+from chatfine.model.positions import Positions, with_positions
 from chatfine.model.storages import STORAGES
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.tokenizer.files import agree_on_end, copy_tokenizer
@@ -42,8 +43,15 @@ class Merging:
         ModelError: the adapter changes a parameter that the base has not, or otherwise shaped.
     """
 
-    def __init__(self, base: ModelFolder, adapter: Adapter, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self,
+        base: ModelFolder,
+        adapter: Adapter,
+        dtype: torch.dtype | None,
+        positions: Positions | None = None,
+    ) -> None:
         self.base, self.adapter, self.dtype = base, adapter, dtype
+        self.positions = positions
         self.rounded: Rounded | None = None
         """set: the adapter is added to the weights as a quantised base held them"""
         self.changes: dict[str, Change] = {}  # name in the files → change
@@ -147,6 +155,7 @@ class Merging:
     def write_rest(self, folder: Path) -> ChatTokenizer:
         """Config, tokenizer, template and what else belongs to the model; ends made to agree."""
         config = json.loads((self.base.path / "config.json").read_text(encoding="utf-8"))
+        config = with_positions(config, self.positions)
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = self.dtype_name
         if self.untied:
             config["tie_word_embeddings"] = False
@@ -168,6 +177,7 @@ class Merging:
             own if (own / "tokenizer.json").is_file() else self.base.path,
             folder,
             None if template == "model" else template,
+            self.positions.length if self.positions else 0,
         )
         tokenizer = ChatTokenizer.load(folder)
         agree_on_end(folder, tokenizer)

@@ -21,6 +21,7 @@ from chatfine.i18n import t
 from chatfine.model import learned_rows, lora, unpacked
 from chatfine.model.fast import causal_model
 from chatfine.model.frozen import frozen_linears
+from chatfine.model.positions import Positions, with_positions
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -300,7 +301,11 @@ def model_state(
 
 
 def save_model(
-    model: Any, folder: Path, facts: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+    model: Any,
+    folder: Path,
+    facts: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    positions: Positions | None = None,
 ) -> None:
     """Write a fully trained model, whose weights are `state`, as an ordinary model folder."""
     causal = causal_model(model)
@@ -312,5 +317,5 @@ def save_model(
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")  # transformers wrote that of the masters
-    _write_json(path, config)
+    _write_json(path, with_positions(config, positions))
     _write_json(folder / "chatfine.json", dict(facts))

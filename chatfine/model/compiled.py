@@ -98,9 +98,15 @@ class CompiledLoss(LossModel):
         for layer in causal_model(self.model).get_decoder().layers:
             layer._compiled_call_impl = None
 
+    def refresh(self) -> None:
+        """Bring what is derived from the adapter up to date."""
+        if self.stale or not self.training:
+            self.groups.refresh()
+            self.stale = False
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """The sum of the losses of the labels of `batch`."""
-        self.groups.refresh()
+        self.refresh()
         if not self.training and not self.groups.fits():
             self.groups.drop()
             self.calls = 0

@@ -59,6 +59,8 @@ class LossModel(torch.nn.Module):
 
     keeps_gradients = False
     """Whether gradients are emptied in place and not thrown away between steps."""
+    stale = True
+    """Whether what learns may have changed since the last call; who changes it says so."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()

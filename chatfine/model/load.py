@@ -19,6 +19,7 @@ from chatfine.hub.headers import read_tensors
 from chatfine.i18n import t
 from chatfine.model import attention, stream
 from chatfine.model.frozen import FrozenLinear, linears_to_freeze
+from chatfine.model.positions import Positions, library_config
 
 
 def quiet_libraries() -> None:
@@ -37,6 +38,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     quantize: str = "none",
+    positions: Positions | None = None,
 ) -> Any:
     """Load the causal language model in `path`.
 
@@ -46,6 +48,7 @@ def load_model(
         device: where the weights go.
         quantize: none, int8 or nf4: pack the linears (`model.frozen`) as they are read, so that
             the peak is the packed model and one tensor.
+        positions: how it reads more tokens than it was made for; None = as config.json says.
 
     Returns:
         A `PreTrainedModel` in evaluation mode whose attention understands packed documents
@@ -58,19 +61,20 @@ def load_model(
     """
     quiet_libraries()
     if quantize == "none":
-        model = _whole(path, dtype).to(device)
+        model = _whole(path, dtype, positions).to(device)
     else:
-        model = _quantized(path, dtype, torch.device(device), quantize)
+        model = _quantized(path, dtype, torch.device(device), quantize, positions)
     attention.install(model)
     return model.eval()
 
 
-def _whole(path: Path, dtype: torch.dtype) -> Any:
+def _whole(path: Path, dtype: torch.dtype, positions: Positions | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),
+            config=library_config(path, positions),
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
@@ -84,8 +88,10 @@ def _whole(path: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _quantized(path: Path, dtype: torch.dtype, device: torch.device, storage: str) -> Any:
-    model = stream.empty_model(path, dtype, device)
+def _quantized(
+    path: Path, dtype: torch.dtype, device: torch.device, storage: str, positions: Positions | None
+) -> Any:
+    model = stream.empty_model(path, dtype, device, positions)
     packed = pack_linears(model, storage, path)
 
     def place(name: str, stored: stream.StoredWeight) -> None:

@@ -213,24 +213,20 @@ class Groups:
         self.alike: dict[tuple[Any, ...], list[Group]] = {}
         for group in self.groups:
             self.alike.setdefault(group.shape, []).append(group)
-        self.versions: tuple[int, ...] = ()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Write the columns of adapters anew, if they have changed."""
-        versions = tuple(one._version for group in self.groups for one in group.weights())
-        if versions != self.versions:
-            for groups in self.alike.values():
-                for numbers, tails in zip(
-                    _columns(groups),
-                    ([one.tail_b for one in groups], [one.tail_a for one in groups]),
-                    strict=True,
-                ):
-                    high, low = split(numbers)
-                    found = torch.cat([one.view(torch.uint8) for one in (high, high, low)], 2)
-                    width = found.shape[2]
-                    torch._foreach_copy_([tail[:, :width] for tail in tails], found.unbind())
-            self.versions = versions
+        """Write the adapters' columns anew."""
+        for groups in self.alike.values():
+            for numbers, tails in zip(
+                _columns(groups),
+                ([one.tail_b for one in groups], [one.tail_a for one in groups]),
+                strict=True,
+            ):
+                high, low = split(numbers)
+                found = torch.cat([one.view(torch.uint8) for one in (high, high, low)], 2)
+                width = found.shape[2]
+                torch._foreach_copy_([tail[:, :width] for tail in tails], found.unbind())
 
     @torch.no_grad()
     def fits(self) -> bool:

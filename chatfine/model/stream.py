@@ -18,6 +18,7 @@ from torch import nn
 from chatfine.errors import ModelError
 from chatfine.hub.headers import TensorInfo, read_tensors
 from chatfine.i18n import t
+from chatfine.model.positions import Positions, library_config
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -67,21 +68,27 @@ Place = Callable[[str, StoredWeight], None]
 """Puts the stored weight into the model under the given name of the model."""
 
 
-def empty_model(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+def empty_model(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    positions: Positions | None = None,
+) -> Any:
     """The model of the folder on the meta device; only buffers that no file holds are real.
 
     Args:
         path: a checked model folder.
         dtype: number format of its parameters.
         device: where such buffers (rotary frequencies, say) go.
+        positions: how it reads more tokens than it was made for.
 
     Raises:
         ModelError: transformers does not know the architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        config = library_config(path, positions)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, OSError, RuntimeError, KeyError) as error:

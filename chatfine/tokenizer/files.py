@@ -208,8 +208,12 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2) + "\n"
 
 
-def copy_tokenizer(source: Path, target: Path, template: str | None = None) -> list[str]:
+def copy_tokenizer(
+    source: Path, target: Path, template: str | None = None, length: int = 0
+) -> list[str]:
     """Copy the tokenizer's files; with `template` that one takes the place of the model's own.
+
+    A `model_max_length` below `length` tokens is raised to it: some servers cut there.
 
     Returns:
         The names of the files now in `target`.
@@ -220,6 +224,10 @@ def copy_tokenizer(source: Path, target: Path, template: str | None = None) -> l
             shutil.copyfile(source / name, target / name)
     if template:
         _write_template(target, template)
+    settings = _read_json(target / "tokenizer_config.json")
+    if settings.get("model_max_length", length) < length:
+        raised = _dump(settings | {"model_max_length": length})
+        (target / "tokenizer_config.json").write_text(raised, encoding="utf-8")
     return [name for name in TOKENIZER_FILES if (target / name).is_file()]
 
 

@@ -58,7 +58,7 @@ class Growable:
     """The tokenizer of a folder, ready to be measured and grown.
 
     Raises:
-        TokenizerError: tokenizer-cannot-grow, tokenizer-grown-beside.
+        TokenizerError: tokenizer-cannot-grow, tokenizer-grown-beside, special-token-in-the-way.
 
     Attributes:
         files: what the folder holds.
@@ -74,9 +74,11 @@ class Growable:
         self.kind = kind_of(files)
         self.vocab: dict[str, int] = files.spec["model"]["vocab"]
         added = {entry["content"]: int(entry["id"]) for entry in files.spec["added_tokens"]}
-        _refuse_grown_beside(files)
+        _refuse_added_text(files)
         self._sealed = SealedTokenizer(files.spec, added)
-        self._markup = any_of(added)
+        self._markup = any_of(
+            entry["content"] for entry in files.spec["added_tokens"] if entry.get("special")
+        )
         self.first_new: int = 1 + max([*self.vocab.values(), *added.values()])
         self.spellings = [""] * self.first_new
         for piece, number in self.vocab.items():
@@ -129,10 +131,13 @@ class Growable:
         """How many tokens `texts` have."""
         return sum(len(encoding) for encoding in self.encode(texts))
 
-    def spelled_control(self, texts: Sequence[str]) -> tuple[int, str]:
-        """How many texts spell an added token, and the first one spelled."""
-        found = [match[0] for text in texts if (match := self._markup.search(text))]
-        return len(found), found[0] if found else ""
+    def spelled_control(self, text: str) -> str:
+        """The first control token that a text spells; "" where it spells none.
+
+        Other added tokens (runs of spaces, tags of HTML) are text that some tokenizers keep whole.
+        """
+        found = self._markup.search(text)
+        return found[0] if found else ""
 
 
 def is_rich(part: bytes) -> bool:
@@ -171,13 +176,28 @@ def kind_of(files: TokenizerFiles) -> Kind:
     )  # fmt: skip
 
 
-def _refuse_grown_beside(files: TokenizerFiles) -> None:
-    """Refuse a tokenizer that has Chinese text as added tokens: the pieces would be there twice."""
-    beside = [
-        str(entry["content"])
+def _refuse_added_text(files: TokenizerFiles) -> None:
+    """Refuse a tokenizer that has Chinese text as added tokens: the pieces would be there twice.
+
+    Raises:
+        TokenizerError: tokenizer-grown-beside, special-token-in-the-way.
+    """
+    rich = [
+        entry
         for entry in files.spec["added_tokens"]
-        if not entry.get("special") and min(map(ord, entry["content"]), default=0) >= FIRST_RICH
+        if min(map(ord, entry["content"]), default=0) >= FIRST_RICH
     ]
+    beside = [str(entry["content"]) for entry in rich if not entry.get("special")]
+    special = [str(entry["content"]) for entry in rich if entry.get("special")]
+    if special:
+        raise TokenizerError(
+            "special-token-in-the-way",
+            t("the special token {token} stands where a new piece would", token=special[0]),
+            where=str(files.folder),
+            why=t("it is matched before the tokenizer's own pieces, so a piece with its text could "
+                  "never be reached"),
+            fix=t("start from the model's original tokenizer, which has no such token"),
+        )  # fmt: skip
     if beside:
         raise TokenizerError(
             "tokenizer-grown-beside",

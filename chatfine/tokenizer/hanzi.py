@@ -12,6 +12,8 @@ SIGNS_AFTER = "《》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰�
 # untrained one at every line break; its loop leaves out the block's last character
 HANZI = CHARACTERS + SIGNS_BEFORE + "\u9fff" + SIGNS_AFTER
 """In the order of the ids."""
+LLAMA2_FIRST, LLAMA2_PIECES = 32000, 20_339
+"""The tutorial's table of ids on Llama-2: from 丂 32000 over 习 32069 to ﹏ 52338."""
 
 
 def hanzi(base: Growable) -> Growth:

@@ -9,7 +9,7 @@ import torch
 
 from chatfine.errors import OutputError
 from chatfine.hub.folder import ModelFolder
-from chatfine.hub.shards import Planned, write_shards
+from chatfine.hub.shards import Planned, write_json, write_shards
 from chatfine.i18n import t
 from chatfine.model.stream import DTYPES, StoredWeight
 from chatfine.train.checkpoint import Checkpoint, CheckpointStore
@@ -50,9 +50,9 @@ def run_to_folder(run: Path, base: ModelFolder, output: Path, dtype: str = "") -
 
     planned = [Planned(name, format_of(name), base.tensors[name].shape) for name in base.tensors]
     write_shards(output, planned, value)
-    for name in ("config.json", "generation_config.json"):
-        if (base.path / name).is_file():
-            shutil.copyfile(base.path / name, output / name)
+    write_json(output / "config.json", base.config)
+    if (base.path / "generation_config.json").is_file():
+        shutil.copyfile(base.path / "generation_config.json", output / "generation_config.json")
     return checkpoint.step
 
 

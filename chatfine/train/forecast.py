@@ -58,6 +58,7 @@ def show(
     rows = [
         [t("device"), f"{plan['device']}, {plan['dtype']}"],
         *_storage(plan["quantize"]),
+        *_positions(prepared),
         *_processes(decisions),
         [t("learns"), t("{n:,} of {m:,} parameters ({method})", n=plan["trained_parameters"],
                         m=plan["parameters"], method=prepared.method)],
@@ -77,6 +78,15 @@ def show(
 
 def _storage(quantize: str) -> list[list[str]]:
     return [] if quantize == "none" else [[t("frozen weights"), quantize]]
+
+
+def _positions(prepared: Prepared) -> list[list[str]]:
+    if prepared.positions is not None:
+        return [[t("positions"), str(prepared.positions)]]
+    if prepared.config.rope_scaling in ("auto", "none"):
+        return []
+    return [[t("positions"), t("not scaled: the model reads {n:,} tokens by itself",
+                               n=prepared.model.max_positions)]]  # fmt: skip
 
 
 def _processes(decisions: Decisions) -> list[list[str]]:

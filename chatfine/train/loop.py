@@ -187,7 +187,8 @@ class Trainer:
         return norm
 
     def _forget(self) -> None:
-        """Empty the gradients."""
+        """Empty the gradients, and tell the model that what learns has changed."""
+        self.model.stale = True
         self.optimizer.zero_grad(set_to_none=not self.model.keeps_gradients)
 
     def _hold_back(self) -> None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 OVERHEAD_BYTES = {"cpu": 430e6, "cuda": 300e6, "mps": 300e6}
 """What Python, torch and the context take before anything is loaded (CPU: resident memory)."""
 HEAD_BLOCK_BYTES = 64 * 2**20
+LONG_ROW_TOKENS, PIECE_TOKENS = 16384, 8192
+"""From more tokens on, the MLPs of a row whose layers are recomputed go through pieces of so many
+(`model.chunked`): still large enough that a product keeps a card busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,22 @@ def _activations_a_token(shapes: Shapes, work: Work) -> float:
     return numbers * work.dtype_bytes
 
 
+def piece_tokens(work: Work) -> int:
+    """How many tokens of a row go through an MLP at once; 0 = all of them."""
+    return PIECE_TOKENS if work.checkpointing and work.micro_tokens > LONG_ROW_TOKENS else 0
+
+
+def _spared_bytes(shapes: Shapes, work: Work) -> float:
+    """What pieces keep from being alive: of all tokens but one piece what is inside an MLP."""
+    piece = piece_tokens(work)
+    if not piece or not {"gate_proj", "up_proj", "down_proj"} <= shapes.linears.keys():
+        return 0.0
+    outside = _activations_a_token(dataclasses.replace(shapes, intermediate=0), work)
+    inside = _activations_a_token(shapes, work) - outside
+    in_flight = 4 * shapes.intermediate * work.dtype_bytes
+    return (work.micro_tokens - piece) * (inside + in_flight)
+
+
 def make_plan(shapes: Shapes, work: Work) -> Plan:
     """Predict what `work` on a model of these `shapes` takes."""
     learning = trained_parameters(shapes, work)
@@ -226,7 +245,7 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
     return Plan(
         weights_bytes=weights * own + _gathered_bytes(shapes, work),
         training_bytes=training,
-        activation_bytes=(kept + transient) * work.micro_tokens,
+        activation_bytes=(kept + transient) * work.micro_tokens - _spared_bytes(shapes, work),
         logits_bytes=3 * block + states,
         overhead_bytes=OVERHEAD_BYTES[work.device],
         disk_bytes=disk_bytes(learning, work.keep),

@@ -17,8 +17,9 @@ from chatfine.data import sources
 from chatfine.data.examples import DataSettings, Splits, load_examples
 from chatfine.errors import OutputError, UsageError
 from chatfine.hub.catalog import find_model
-from chatfine.hub.folder import ModelFolder, check_vocabulary, read_model_folder
+from chatfine.hub.folder import ModelFolder, check_vocabulary, read_model_folder, resolve_source
 from chatfine.i18n import t
+from chatfine.model import positions as scaling
 from chatfine.runtime import home
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.train import plan as planning
@@ -70,6 +71,8 @@ class Prepared:
     max_length: int
     rows: Sequence[int] = ()
     """ids whose rows of embedding and head learn beside an adapter, or alone"""
+    positions: scaling.Positions | None = None
+    """how `model`, whose config is changed so, reads more tokens than its files say"""
 
     @property
     def row_parameters(self) -> int:
@@ -88,7 +91,8 @@ class Prepared:
         """What must be equal for a checkpoint to fit: settings that matter, model, data."""
         values = self.config.model_dump(mode="json")
         maths = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
-        return maths | {"model_digest": self.model.digest(), "data": self.data.report.fingerprint}
+        maths |= {"model_digest": self.model.digest(), "data": self.data.report.fingerprint}
+        return maths | self._positions_fact
 
     def facts(self) -> dict[str, Any]:
         """What an adapter folder should know about itself (contract C5)."""
@@ -105,7 +109,11 @@ class Prepared:
             "datasets": list(config.dataset),
             "data": self.data.report.fingerprint,
             "system": config.system,
-        }
+        } | self._positions_fact
+
+    @property
+    def _positions_fact(self) -> dict[str, Any]:
+        return {} if self.positions is None else {scaling.FACT: self.positions.facts()}
 
 
 def resolve_paths(config: TrainConfig) -> TrainConfig:
@@ -153,7 +161,9 @@ def prepare(config: TrainConfig) -> Prepared:
     tokenizer = ChatTokenizer.load(model.path, template=config.template)
     check_vocabulary(model, tokenizer.size)
     rows = learning_rows(model, config.method, config.train_rows, config.adapter)
-    max_length = _max_length(config, model)
+    positions = positions_of(config, model)
+    model = scaling.with_positions_of(model, positions)
+    max_length = _max_length(config, model, positions.kind if positions else "yarn")
     settings = DataSettings(
         validation=config.validation, prompt=config.prompt, response=config.response,
         system=config.system, train_on=config.train_on, max_length=max_length,
@@ -161,11 +171,29 @@ def prepare(config: TrainConfig) -> Prepared:
         name=config.name, author=config.author, mix=config.mix, seed=config.seed,
     )  # fmt: skip
     data = load_examples(config.dataset, tokenizer, settings, home() / "data")
-    return Prepared(config, Path(config.output), model, tokenizer, data, max_length, rows)
+    run = Path(config.output)
+    return Prepared(config, run, model, tokenizer, data, max_length, rows, positions)
 
 
-def _max_length(config: TrainConfig, model: ModelFolder) -> int:
-    prefix = config.learned_tokens if config.method == "prefix" else 0
+def positions_of(config: TrainConfig, model: ModelFolder) -> scaling.Positions | None:
+    """How the run makes `model` read more tokens than its files say; None for not at all.
+
+    Raises:
+        UsageError, ModelError: as `model.positions.of_run`.
+    """
+    begin = resolve_source(config.adapter, str(model.path)).adapter if config.adapter else None
+    earlier = scaling.of_adapter(begin)
+    tokens = config.max_length + _prefix_tokens(config)
+    return scaling.of_run(model.text_config, config.rope_scaling, tokens, earlier)
+
+
+def _prefix_tokens(config: TrainConfig) -> int:
+    """Positions of every example that a learned prefix takes."""
+    return config.learned_tokens if config.method == "prefix" else 0
+
+
+def _max_length(config: TrainConfig, model: ModelFolder, kind: str) -> int:
+    prefix = _prefix_tokens(config)
     limit = model.max_positions - prefix
     if config.max_length > limit:
         raise UsageError(
@@ -174,7 +202,8 @@ def _max_length(config: TrainConfig, model: ModelFolder) -> int:
               value=config.max_length, limit=model.max_positions),
             where="--max-length",
             why=t("the prefix takes {n} of them", n=prefix) if prefix else None,
-            fix=f"--max-length {limit}",
+            fix=(f"--max-length {limit}",
+                 t("or let it read further: {flag}", flag=f"{scaling.FLAG} {kind}")),
         )  # fmt: skip
     return config.max_length or min(DEFAULT_LENGTH, limit)
 

@@ -28,6 +28,7 @@ def write(
         _row(t("examples"), t("{train} for training, {validation} for validation",
                               train=data["train"], validation=data["validation"])),
         _row(t("method"), _method(prepared)),
+        *([_row(t("positions"), str(prepared.positions))] if prepared.positions else []),
         _row(t("steps"), f"{result['steps']} ({result['ended']})"),
         _row(t("tokens"), f"{result['tokens']:,}"),
         _row(t("tokens a second"), f"{result['tokens_per_second']:,.0f}"),

@@ -14,7 +14,7 @@ from chatfine.errors import ModelError, ResourceError
 from chatfine.evaluate.loss import LossResult, evaluate_loss
 from chatfine.hub.folder import resolve_source
 from chatfine.i18n import t
-from chatfine.model import adapters, documents, fast, learned_rows
+from chatfine.model import adapters, chunked, documents, fast, learned_rows
 from chatfine.model.load import load_model
 from chatfine.runtime import pick_device, set_seed
 from chatfine.train import forecast, machine
@@ -96,6 +96,7 @@ class Session:
         self.model = self._load_sharded() if self.sharded else self._load()
         if decisions.checkpointing:
             fast.causal_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+            chunked.install(self.model, planning.piece_tokens(work_of(self.prepared, decisions)))
         self.parameters = adapters.trained_parameters(self.model)
         self.group.spread(self.parameters.values())
         self.optimizer = make_optimizer(
@@ -116,7 +117,7 @@ class Session:
 
     def _load(self) -> Any:
         path, dtype = self.prepared.model.path, self.decisions.torch_dtype
-        model = load_model(path, dtype, self.device, self.config.quantize)
+        model = load_model(path, dtype, self.device, self.config.quantize, self.prepared.positions)
         documents.check(model)
         model = self._attach(model)
         self.measure = fast.LossModel(model)
@@ -133,6 +134,7 @@ class Session:
         self.measure = load_sharded(
             self.prepared.model.path, dtype, config.quantize,
             self._attach if whole_model else lambda model: model.requires_grad_(False), sharing,
+            self.prepared.positions,
         )  # fmt: skip
         documents.check_loss(self.measure)
         reshard(self.measure)
@@ -326,7 +328,7 @@ class Session:
 
         All processes ask for it, since the weights are gathered here; the first one calls it.
         """
-        facts = self.prepared.facts()
+        facts, positions = self.prepared.facts(), self.prepared.positions
         if self.output_name == "adapter":
             return lambda folder: adapters.save_adapter(self.model, folder, facts)
         stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -337,9 +339,10 @@ class Session:
         def write(folder: Path) -> None:
             from chatfine.tokenizer.files import copy_tokenizer
 
-            adapters.save_model(self.model, folder, facts, state)
+            adapters.save_model(self.model, folder, facts, state, positions)
             custom = self.config.template != "model"
             template = self.prepared.tokenizer.template if custom else None
-            copy_tokenizer(self.prepared.model.path, folder, template)
+            length = positions.length if positions else 0
+            copy_tokenizer(self.prepared.model.path, folder, template, length)
 
         return write

@@ -18,6 +18,7 @@ from torch import nn
 from chatfine.errors import ModelError
 from chatfine.model import attention, fast, load, stream
 from chatfine.model.frozen import FrozenLinear
+from chatfine.model.positions import Positions
 from chatfine.train.distributed import Group, own, own_rows, shard
 
 
@@ -44,6 +45,7 @@ def load_sharded(
     quantize: str,
     learns: Callable[[Any], Any],
     sharing: Sharing,
+    positions: Positions | None = None,
 ) -> fast.LossModel:
     """Load the causal language model in `path`, shared out.
 
@@ -53,13 +55,14 @@ def load_sharded(
         quantize: none, int8 or nf4, as for `load_model`.
         learns: marks what learns in the model itself, before it is shared out.
         sharing: among whom, and how.
+        positions: as for `load_model`.
 
     Raises:
         ModelError: as `load_model`.
     """
     load.quiet_libraries()
     try:
-        model = stream.empty_model(path, dtype, sharing.device)
+        model = stream.empty_model(path, dtype, sharing.device, positions)
         packed = load.pack_linears(model, quantize, path) if quantize != "none" else {}
         attention.install(model)
         measure = _share_out(learns(model), sharing)
@@ -69,7 +72,8 @@ def load_sharded(
         if error.code != "weights-stored-otherwise" or quantize != "none":
             raise
         # such a model can only be read whole: each process holds all of it for a moment
-        measure = _share_out(learns(load.load_model(path, dtype, "cpu")), sharing)
+        whole = load.load_model(path, dtype, "cpu", positions=positions)
+        measure = _share_out(learns(whole), sharing)
     for buffer in measure.buffers():
         buffer.data = buffer.data.to(sharing.device)
     return measure

@@ -99,6 +99,19 @@ def test_added_tokens_form_warns(
     assert again["error"] == "tokenizer-grown-beside"
 
 
+def test_the_ids_that_are_shown_are_those_of_the_folder(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Added tokens of a byte-level vocabulary have no half characters between them."""
+    for form, piece in (("grown", "ef b9"), ("added-tokens", "〿")):
+        output = tmp_path / form
+        result = run(capsys, "-m", tiny, "--preset", "hanzi", "--form", form, "-o", output)
+        last = result["new_size"] - 1
+        assert f"﹏ {last}\n" in result["prose"]
+        assert f"{piece} {last - 1}  ﹏" in result["prose"]
+        assert ChatTokenizer.load(output).token_bytes(last).decode() == "﹏"
+
+
 def test_a_model_grows_with_its_tokenizer(
     tiny: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,13 +166,110 @@ def test_advice_against_growing_ends_the_command(
     assert not output.exists()
 
 
-def test_control_tokens_in_the_corpus_are_said(
+def test_control_tokens_in_the_corpus_are_refused_or_left_out(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "corpus.txt"
-    path.write_text("\n\n".join([*CHINESE * 20, "<|im_end|>你好<|im_end|>"]), "utf-8")
-    result = run(capsys, "-m", tiny, "--corpus", path, "--size", 5, "-o", tmp_path / "x")
-    assert "1 texts spell a control token (<|im_end|>)" in result["prose"]
+    path, output = tmp_path / "corpus.jsonl", tmp_path / "x"
+    texts = [*CHINESE * 20, "<|im_end|>龘龘", *CHINESE, "龘龘<|im_start|>"]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts), "utf-8")
+    words = ("-m", tiny, "--corpus", path, "--size", 5, "-o", output)
+    for flags in ((), ("--advise",)):
+        refused = run(capsys, *words, *flags, code=2)
+        assert refused["error"] == "corpus-control-token"
+        for said in (f"{path}:61: ", "<|im_end|>", f"{path}:65: ", "<|im_start|>"):
+            assert said in refused["what"]
+        assert "--on-bad-row skip" in refused["fix"][-1]
+        assert not output.exists()
+    result = run(capsys, *words, "--on-bad-row", "skip")
+    assert "2 rows of the corpus are left out" in result["prose"]
+    assert "龘" not in (output / "new_pieces.json").read_text(encoding="utf-8")
+
+
+def test_growing_again_before_training_is_refused(
+    tiny: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training would know the second growth only. A merged model may grow on."""
+    alone, x = tmp_path / "alone", tmp_path / "x"
+    alone.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny / name, alone / name)
+    learn = ("--corpus", corpus, "--size", 5)
+    for source in (tiny, alone):
+        grown = tmp_path / f"{source.name}-grown"
+        run(capsys, "-m", source, *learn, "-o", grown)
+        for again in (learn, ("--preset", "hanzi")):
+            refused = run(capsys, "-m", grown, *again, "-o", x, code=2)
+            assert refused["error"] == "grown-twice"
+            assert not x.exists()
+        run(capsys, "-m", grown, *learn, "--advise")
+    facts = tmp_path / f"{tiny.name}-grown" / "chatfine.json"
+    values = json.loads(facts.read_text(encoding="utf-8")) | {"kind": "merged"}
+    facts.write_text(json.dumps(values), encoding="utf-8")
+    assert run(capsys, "-m", facts.parent, *learn, "-o", x)["new_size"] == 410
+
+
+def add_token(folder: Path, number: int, content: str, special: bool = True) -> None:
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec["added_tokens"].append({"id": number, "content": content, **flags, "special": special})
+    path.chmod(0o644)
+    path.write_text(json.dumps(spec), encoding="utf-8")
+
+
+def test_special_tokens_in_the_way(
+    llama2: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table of ids can't be kept behind a `<pad>`; pieces of a corpus have no table."""
+    add_token(llama2, 32000, "<pad>")
+    output = tmp_path / "x"
+    refused = run(capsys, "-m", llama2, "--preset", "hanzi", "-o", output, code=2)
+    assert refused["error"] == "special-token-in-the-way"
+    assert "<pad>" in refused["what"]
+    assert "32070 and not 32069" in refused["why"]
+    assert not output.exists()
+    result = run(capsys, "-m", llama2, "--corpus", corpus, "--size", 5, "-o", output)
+    assert "new pieces begin at 32001" in result["prose"]
+    assert result["new_size"] == 32006
+
+
+def test_a_special_token_that_is_chinese_text(
+    tiny: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    add_token(model, 400, "习")
+    for words in (("--preset", "hanzi"), ("--corpus", corpus, "--size", 5)):
+        refused = run(capsys, "-m", model, *words, "-o", tmp_path / "x", code=2)
+        assert refused["error"] == "special-token-in-the-way"
+        assert "习" in refused["what"]
+        assert not (tmp_path / "x").exists()
+
+
+def test_the_tokenizer_of_another_model_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A grown tokenizer copied by hand into a model that it does not belong to."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    alone, grown, model, x = (tmp_path / name for name in ("alone", "grown", "model", "x"))
+    alone.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny / name, alone / name)
+    run(capsys, "-m", alone, "--preset", "hanzi", "-o", grown)
+    for rows, why in (
+        (399, "new pieces begin at the id 400, the model has 399 rows"),
+        (2000, "new pieces begin at the id 400, the model has 2000 rows"),
+    ):
+        config = LlamaConfig.from_pretrained(tiny, vocab_size=rows)
+        LlamaForCausalLM(config).to(torch.float32).save_pretrained(model)
+        shutil.copytree(grown, model, dirs_exist_ok=True)
+        refused = run(capsys, "-m", model, "-o", x, code=2)
+        assert refused["error"] == "tokenizer-other-model"
+        assert why in refused["why"]
+        assert "tokenizer files back" in refused["fix"][0]
+        assert not x.exists()
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,7 @@ def test_the_plain_head_is_used_only_where_logits_are_plain() -> None:
 def test_logits_are_made_only_where_a_label_is(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
-    def spy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def spy(hidden: torch.Tensor, weight: Any, labels: Any, compiled: bool) -> torch.Tensor:
         seen.append(len(hidden))
         return hidden.sum()
 

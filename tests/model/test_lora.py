@@ -27,7 +27,7 @@ def adapted(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> A
 
 
 def fused(model: nn.Module) -> int:
-    return sum(isinstance(m.__dict__.get("forward"), lora._Fused) for m in model.modules())
+    return sum(isinstance(m, lora._fused()) for m in model.modules())
 
 
 def loss_and_gradients(model: Any) -> tuple[float, dict[str, torch.Tensor]]:

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from grown import CHARACTERS, grow_tokenizer
 from safetensors.torch import load_file
 
 from chatfine.config import ResumeConfig, TrainConfig, dump_yaml
+from chatfine.model.rows import grow
 from chatfine.train import run as running
 from chatfine.train.checkpoint import CheckpointStore
 
@@ -37,7 +39,11 @@ RUNS: dict[str, Job] = {
         "load": "rank0",
         **LOW,
     },
+    "lora and new rows": {"rows_first": 2, "sharding": "none", **LOW},
+    "lora and new rows, sharded": {"sharding": "full", "checkpointing": "full", **LOW},
+    "new rows alone": {"method": "rows", "sharding": "none", **LOW},
 }
+"""Settings of the runs, on a model with a grown vocabulary where the name speaks of new rows."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -107,13 +113,27 @@ def unfinished(run: Path, copy: Path, config: TrainConfig) -> Path:
     return copy
 
 
+def with_new_rows(tiny: Path, folder: Path) -> Job:
+    """A model with a grown vocabulary, and questions and answers that are written with it."""
+    grow_tokenizer(tiny, folder / "tokenizer")
+    grow(tiny, folder / "tokenizer", folder / "grown")
+    rows = [
+        {"question": f"{CHARACTERS[i : i + 3]}?", "answer": CHARACTERS[i : i + 3 + i % 7]}
+        for i in range(27)
+    ]
+    (folder / "chinese.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return {"model": str(folder / "grown"), "dataset": str(folder / "chinese.jsonl")}
+
+
 class Together:
     """The runs of both kinds, made once."""
 
     def __init__(self, tiny: Path, data: Path, folder: Path) -> None:
         self.folder = folder
         jobs: list[Job] = []
-        for name, changes in RUNS.items():
+        grown = with_new_rows(tiny, folder)
+        for name, own in RUNS.items():
+            changes = own | grown if "new rows" in name else own
             one = settings(tiny, data, folder / f"{name}, one", **changes, accumulate=2)
             running.train(one)
             two = settings(tiny, data, folder / f"{name}, two", **changes)
@@ -154,6 +174,19 @@ def assert_equal(one: Path, other: Path) -> None:
 def test_two_processes_learn_what_one_learns(together: Together, name: str) -> None:
     """27 rows in steps of 8: the last step of an epoch gives the processes unequal shares."""
     assert_equal(together.folder / f"{name}, one", together.folder / f"{name}, two")
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "new rows" in name])
+def test_new_rows_learn_in_both(together: Together, name: str) -> None:
+    base = load_file(str(together.folder / "grown" / "model.safetensors"))
+    first = json.loads((together.folder / "grown" / "vocabulary.json").read_text())["old_size"]
+    rows = {key: value for key, value in weights(together.folder / f"{name}, two").items()
+            if "trainable_tokens" in key}  # fmt: skip
+    for matrix in ("embed_tokens", "lm_head"):
+        (learned,) = (value for key, value in rows.items() if matrix in key)
+        start = next(value for key, value in base.items() if matrix in key)
+        moved = (learned != start[first : first + len(learned)]).any(1)
+        assert int(moved.sum()) > len(learned) // 2
 
 
 @pytest.mark.parametrize("order", ["1 then 2", "2 then 1"])

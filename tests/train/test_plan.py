@@ -235,3 +235,24 @@ def test_a_share_of_the_weights_takes_a_share_of_the_memory() -> None:
     assert make_plan(LLAMA_8B, replace(full, sharing=4, offload=True)).training_bytes == 0
     small = replace(full, learning_bytes=2, moments_bytes=4)
     assert make_plan(LLAMA_8B, small).training_bytes == alone.training_bytes / 2
+
+
+def test_a_long_row_takes_the_memory_of_a_piece_of_it() -> None:
+    """Beyond the limit a token adds what lies between layers and in attention, no MLP."""
+    limit = planning.LONG_ROW_TOKENS
+
+    def activations(tokens: int, **changes: Any) -> float:
+        work = dataclasses.replace(WORK, checkpointing=True, micro_tokens=tokens, **changes)
+        return make_plan(LLAMA_8B, work).activation_bytes
+
+    short = activations(limit) - activations(limit - 1)
+    long = activations(4 * limit) - activations(4 * limit - 1)
+    inner = (3 + 1 + 4) * LLAMA_8B.intermediate * 2  # gate, up, product; down's input; in flight
+    assert short - long == pytest.approx(inner)
+    assert activations(limit + 1) < activations(limit)
+    assert activations(4 * limit, targets=("q_proj",)) < activations(4 * limit)
+    work = dataclasses.replace(WORK, micro_tokens=4 * limit)
+    assert planning.piece_tokens(work) == 0, "without recomputation the row is whole"
+    bare = dataclasses.replace(LLAMA_8B, linears={"c_fc": (14336, 4096, 32)})
+    whole = make_plan(bare, dataclasses.replace(work, checkpointing=True)).activation_bytes
+    assert whole > activations(4 * limit), "an MLP of another build is not cut"

@@ -1,0 +1,267 @@
+"""chatfine and its peers on the same card, model shapes and data: speed, memory, first step.
+
+Every measurement is a process of its own with a time limit; the table, the picture and the JSON are
+written anew after each, so a run that is cut short keeps what it had. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import gpu_report
+import inputs
+from gpu_cases import OURS, SYSTEMS, Case, Run, choose
+from gpu_report import Result
+from tokenizers import Tokenizer
+
+from chatfine import console
+
+HERE = Path(__file__).resolve().parent
+TOKENIZER = HERE.parents[1] / "shared/tokenizers/llama2_hf"
+LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "unsloth",
+             "bitsandbytes")  # fmt: skip
+ROWS, DIALOGUES = 128, 1200
+"""Rows divide by every batch, so that no step is smaller."""
+QUIET = {
+    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CHATFINE_LANG": "en",
+    "UNSLOTH_DISABLE_STATISTICS": "1", "WANDB_DISABLED": "true", "PYTHONUNBUFFERED": "1",
+}  # fmt: skip
+ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*|^(?:error|Error): .*")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process went: seconds until its log had a line (None: never), its JSON, or a reason."""
+
+    first_step_seconds: float | None
+    result: dict[str, Any]
+    error: str
+
+
+def watch(command: Sequence[str], log: Path, work: Path, timeout: float) -> Ended:
+    """Run a process that adds a line to `log` after each step, with all that it starts.
+
+    Args:
+        command: what to run; the last JSON object it prints on a line of its own is its result.
+        log: made by the process; the time of its first line is noted.
+        work: where it runs and where its output is kept.
+        timeout: seconds after which it is ended, its children too.
+    """
+    log.unlink(missing_ok=True)
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own = QUIET | {"PYTHONPATH": os.pathsep.join(paths), "CHATFINE_HOME": str(work / "cache")}
+    out, err = work / "stdout", work / "stderr"
+    first = None
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        began = time.perf_counter()
+        child = subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=work,
+                                 env=os.environ | own, start_new_session=True)  # fmt: skip
+        try:
+            while child.poll() is None and time.perf_counter() - began < timeout:
+                if first is None and log.is_file() and log.stat().st_size:
+                    first = time.perf_counter() - began
+                time.sleep(0.02)
+            late = child.poll() is None
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # compiler workers, and a late child
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    if late:
+        return Ended(first, {}, f"ended after {timeout:,.0f} s")
+    text = out.read_text(encoding="utf-8", errors="replace").strip()
+    if child.returncode:
+        said = err.read_text(encoding="utf-8", errors="replace") + "\n" + text
+        return Ended(first, {}, reason(said) or f"ended with code {child.returncode}")
+    found = [one for one in text.split("\n") if one.startswith('{"')]
+    return Ended(first, json.loads(found[-1]) if found else {}, "")
+
+
+def reason(said: str) -> str:
+    """The line of an output that says what went wrong, shortened for a table."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if lines and lines[-1].startswith('{"error"'):  # chatfine --json
+        told = json.loads(lines[-1])
+        return f"{told['error']}: {told['what']}"[:200]
+    found = [line for line in lines if ERROR.match(line)]
+    return (found or lines or [""])[-1][:200]
+
+
+def read_steps(log: Path) -> list[tuple[int, float]]:
+    """Tokens and seconds of each step in a log of sums; no file, no steps."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    sums = [(0, 0.0)]
+    for line in map(json.loads, lines):
+        if "tokens" in line:
+            sums.append((line["tokens"], line["seconds"]))
+    return [
+        (tokens - before, seconds - then) for (before, then), (tokens, seconds) in pairwise(sums)
+    ]
+
+
+def speed(steps: Sequence[tuple[int, float]]) -> float | None:
+    """Tokens a second: of the median step where all have as many, else of all steps together."""
+    if not steps:
+        return None
+    if len({tokens for tokens, _ in steps}) == 1:
+        return steps[0][0] / statistics.median(seconds for _, seconds in steps)
+    return sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
+
+
+def our_words(case: Case, run: Run, model: Path, data: Path, output: Path, steps: int) -> list[str]:
+    """`chatfine train` as a user types it."""
+    method = ["--rank", "16"] if case.method == "lora" else ["--learning-rate", "1e-5"]
+    rows = f"{data.with_suffix('.py')}:rows"
+    stored = run.weights if run.weights in ("fp8", "int8", "nf4") else "none"
+    return [
+        "-m", "chatfine", "train", "--json", "-m", str(model), "-d", rows, "-o", str(output),
+        "--method", case.method, *method, "--quantize", stored, "--packing", "on",
+        "--max-length", str(case.length), "--batch-size", str(run.batch),
+        "--max-steps", str(steps), "--save-every", str(steps), "--validation", "0", *run.flags,
+    ]  # fmt: skip
+
+
+def measure(case: Case, run: Run, model: Path, data: Path, options: argparse.Namespace) -> Result:
+    """One system's run and what came of it; a failure is a result too."""
+    work = options.work
+    output, log = work / "run", work / "steps.jsonl"
+    shutil.rmtree(output, ignore_errors=True)
+    steps = case.warm_up + run.times * (case.steps or options.steps)
+    if run.system == OURS:
+        log = output / "metrics.jsonl"
+        words = our_words(case, run, model, data, output, steps)
+    else:
+        job = {"system": run.system, "model": str(model), "data": str(data), "log": str(log),
+               "output": str(output), "method": case.method, "weights": run.weights,
+               "batch": run.batch, "length": case.length, "steps": steps, "packing": run.packing,
+               "checkpointing": run.checkpointing, "full_rows": case.data == "rows"}  # fmt: skip
+        words = [str(HERE / "gpu_peers.py"), json.dumps(job)]
+    ended = watch([sys.executable, *words], log, work, options.timeout)
+    taken = read_steps(log)
+    rate = speed(taken[case.warm_up :])
+    decided = output / "decisions.json"
+    ours = json.loads(decided.read_text(encoding="utf-8"))["decided"] if decided.is_file() else {}
+    shutil.rmtree(output, ignore_errors=True)
+    return Result(
+        case=case.name, title=case.title, system=run.system, weights=run.weights,
+        batch=run.batch, note=run.note, packing=run.packing or run.system == OURS,
+        checkpointing=str(ours.get("checkpointing", run.checkpointing)),
+        tokens_per_second=rate, peak_bytes=ended.result.get("peak_memory_bytes"),
+        first_step_seconds=ended.first_step_seconds, error=ended.error,
+        shape=ended.result.get("shape"), card=options.card, steps=taken, warm_up=case.warm_up,
+        command=" ".join(words),
+    )  # fmt: skip
+
+
+def prepare(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:
+    """The model folder and data file of a case, made if they are not there yet."""
+    model = options.work / "models" / case.shape
+    if not (model / "config.json").is_file():
+        # in another process, which gives the card's memory back
+        subprocess.run([sys.executable, str(HERE / "inputs.py"), str(model), case.shape,
+                        str(options.tokenizer)], check=True, stdout=sys.stderr)  # fmt: skip
+    data = options.work / f"{case.data}-{case.length}.jsonl"
+    if not data.is_file():
+        size = Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab_size()
+        if case.data == "rows":
+            count = max(8, min(ROWS, ROWS * 2048 // case.length))
+            rows = inputs.full_rows(count, case.length, size)
+        elif options.dialog:
+            rows = islice(inputs.real_dialogues(options.dialog, model, case.length), DIALOGUES)
+        else:
+            rows = inputs.random_dialogues(DIALOGUES, case.length, size)
+        lengths = inputs.write_token_rows(data, rows)
+        console.say(f"{data.name}: {len(lengths):,} rows, {sum(lengths):,} tokens, "
+                    f"median {statistics.median(lengths):,.0f}")  # fmt: skip
+    return model, data
+
+
+def card_name() -> str:
+    """The first card, or the processor where there is none."""
+    if shutil.which("nvidia-smi"):
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip().splitlines()[0]
+    return f"no GPU, {os.cpu_count()} cores"
+
+
+def installed() -> dict[str, str]:
+    """The libraries that the numbers depend on."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("-o", "--output", type=Path, required=True, help="folder for gpu.md, gpu.png and gpu.json")
+    add("--only", default="", help="regular expression on the names of cases")
+    add("--systems", default=",".join(SYSTEMS), help="which of these, with commas")
+    add("--all", action="store_true", dest="everything", help="the less important runs too")
+    add("--steps", type=int, default=8, help="measured steps")
+    add("--work", type=Path, help="folder for models and runs; the default is temporary")
+    add("--timeout", type=float, default=180, help="seconds a measurement may take")
+    add("--tokenizer", type=Path, default=TOKENIZER, help="folder of a tokenizer")
+    add("--dialog", type=Path, help="folder of MTS-Dialog; without it lengths are drawn at random")
+    add("--join", type=Path, action="append", default=[], help="a gpu.json to go on from")
+    options = parser.parse_args(words)
+    options.systems = [name for name in options.systems.split(",") if name]
+    if wrong := set(options.systems) - set(SYSTEMS):
+        parser.error(f"unknown: {', '.join(sorted(wrong))}; systems: {', '.join(SYSTEMS)}")
+    if not options.tokenizer.is_dir():
+        parser.error(f"there is no folder {options.tokenizer}; give one with --tokenizer")
+    if options.dialog and not (options.dialog / inputs.DIALOGUES).is_file():
+        parser.error(f"there is no {inputs.DIALOGUES} in {options.dialog}")
+    options.chosen = choose(options.only, options.systems, options.everything)
+    if not options.chosen and not options.join:
+        parser.error(f"no case has {options.only!r} in its name")
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> list[Result]:
+    """Measure all that was chosen; returns the results, earlier ones included."""
+    options = arguments(words)
+    options.card = card_name()
+    earlier = [one for file in options.join for one in gpu_report.read(file)]
+    facts = {
+        "libraries": installed(),
+        "dialogues": "MTS-Dialog" if options.dialog else "random tokens, lognormal lengths",
+    }
+    results = earlier
+    with tempfile.TemporaryDirectory() as folder:
+        options.work = (options.work or Path(folder)).resolve()
+        options.work.mkdir(parents=True, exist_ok=True)
+        gpu_report.write(options.output, results, facts)
+        for case, runs in options.chosen:
+            model, data = prepare(case, options)
+            for run in runs:
+                result = measure(case, run, model, data, options)
+                results = gpu_report.merged(results, result)
+                gpu_report.write(options.output, results, facts)
+                console.say(gpu_report.line(result))
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -67,7 +67,7 @@ def learn(options: argparse.Namespace) -> None:
     from chatfine.data.batches import Batches, in_order
     from chatfine.data.examples import DataSettings, load_examples
     from chatfine.evaluate.loss import evaluate_loss
-    from chatfine.model import adapters, fast
+    from chatfine.model import adapters, fast, graphs
     from chatfine.model.load import load_model
     from chatfine.runtime import pick_device, set_seed
     from chatfine.tokenizer.encode import ChatTokenizer
@@ -89,24 +89,27 @@ def learn(options: argparse.Namespace) -> None:
     parameters = adapters.trained_parameters(model)
     batches = Batches(data.train, (), options.seed, options.rows, 1, True, options.length)
     precision = Precision(device, dtype, autocast=True)
+    measure = fast.LossModel(model)
+    if device.type == "cuda":
+        measure = graphs.GraphedLoss(model, options.rows * options.length, options.length)
     held = data.validation
     assert held is not None
 
     def evaluate() -> float:
         with precision.context():
-            result = evaluate_loss(model, in_order(held, 8192), device)
+            result = evaluate_loss(measure, in_order(held, 8192), device)
         return result.bits_per_char(characters)
 
     reports: list[StepReport] = []
     trainer = Trainer(
-        model=fast.LossModel(model), parameters=parameters, batches=batches,
+        model=measure, parameters=parameters, batches=batches,
         optimizer=make_optimizer(parameters, 0.0, device),
         schedule=Schedule("cosine", options.learning_rate, options.steps // 20 + 1, options.steps),
         precision=precision, progress=Progress(), device=device, group=Group(), clip=1.0,
         evaluate=lambda: None, save=lambda: None, report=reports.append,
         stop_requested=lambda: False, eval_every=10**9, save_every=10**9,
     )  # fmt: skip
-    model.train()
+    measure.train()
     print(json.dumps({"step": 0, "bits": evaluate()}), flush=True)
     times = []
     for step in range(1, options.steps + 1):
@@ -162,7 +165,8 @@ def compare(options: argparse.Namespace) -> None:
         finally:
             places.put(gpu)
 
-    jobs = [(name, seed) for seed in range(options.seeds) for name in models]
+    jobs = [(name, seed) for seed in range(options.seeds) for name in models
+            if not (seed and name in options.once)]  # fmt: skip
     with ThreadPoolExecutor(options.gpus * options.beside) as pool:
         results = list(pool.map(lambda pair: job(*pair), jobs))
     curves: dict[str, list[list[float]]] = {name: [] for name in models}
@@ -202,6 +206,7 @@ def main() -> None:
     both[1].add_argument("--models", nargs="+", required=True, help="NAME=FOLDER …")
     both[1].add_argument("--seconds", type=float, default=60)
     both[1].add_argument("--seeds", type=int, default=3)
+    both[1].add_argument("--once", nargs="*", default=[], help="models with one seed only")
     both[1].add_argument("--gpus", type=int, default=1)
     both[1].add_argument("--beside", type=int, default=1, help="runs at a time on a device")
     both[1].add_argument("--timing-steps", type=int, default=15)

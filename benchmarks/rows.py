@@ -20,7 +20,7 @@ from torch import nn
 
 from chatfine import console
 from chatfine.data.batches import collate
-from chatfine.model import adapters, attention, fast, learned_rows
+from chatfine.model import adapters, attention, fast, learned_rows, recompute
 from chatfine.runtime import pick_device
 from chatfine.train.machine import peak_memory_bytes
 from chatfine.train.optim import make_optimizer
@@ -89,7 +89,7 @@ def measure(
     if case.get("peft"):
         learned_rows.uninstall(model)
     if options.checkpointing:
-        fast.causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        recompute.install(fast.causal_model(model), 99)
     batch = make_batch(options).to(device)
     learning = adapters.trained_parameters(model)
     optimizer = make_optimizer(learning, 0.0, device)

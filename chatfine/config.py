@@ -175,8 +175,9 @@ class TrainConfig(ModelOptions, DataOptions):
     method: Literal["lora", "dora", "rows", "full", "freeze", "prefix", "llama-adapter"] = "lora"
     """what learns: low-rank adapters, only the rows of new vocabulary, all weights, the last
     layers, or learned prefixes"""
-    quantize: Literal["none", "int8", "nf4"] = "none"
-    """store the frozen weights in 8 or 4 bits; adapters stay exact"""
+    quantize: Literal["none", "int8", "nf4", "fp8", "auto"] = "none"
+    """store the frozen weights in 8 or 4 bits; adapters stay exact. fp8 is the fastest, on cards
+    that have it; auto = what is fastest and fits"""
     rank: Positive = 8
     """rank of the adapter"""
     alpha: Count = 0
@@ -215,8 +216,9 @@ class TrainConfig(ModelOptions, DataOptions):
     """decoupled weight decay of matrices"""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """largest gradient norm; 0 = no clipping"""
-    optimizer: Literal["adamw", "anyprecision"] = "adamw"
-    """adamw, or anyprecision: AdamW with its moments in bf16"""
+    optimizer: Literal["adamw", "anyprecision", "adamw8bit", "paged-adamw8bit"] = "adamw"
+    """adamw, or AdamW with smaller moments: anyprecision in bf16, adamw8bit in 8 bits (paged: they
+    leave the GPU when its memory is short)"""
     kahan: bool = False
     """with anyprecision: keep what bf16 weights lose in rounding (Kahan summation)"""
     pure_bf16: bool = False
@@ -228,10 +230,15 @@ class TrainConfig(ModelOptions, DataOptions):
     rope_scaling: Literal["auto", "none", "linear", "dynamic", "yarn", "llama3"] = "auto"
     """how the model reads a --max-length beyond its own: yarn is the usual choice; auto = not at
     all, or as the --adapter does"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """compile the model's layers, for packed rows; auto = on an NVIDIA GPU, where the run is long
+    enough to repay it"""
     packing: Literal["auto", "on", "off"] = "auto"
     """fill rows of --max-length tokens with several examples that do not see each other"""
-    checkpointing: Literal["auto", "none", "full"] = "auto"
-    """recompute activations in the backward pass to save memory"""
+    checkpointing: str = "auto"
+    """layers that recompute their activations in the backward pass to save memory: none, full (all
+    of them), offload (all, and their inputs wait in the CPU's memory), or how many; auto = as few
+    as fit"""
     sharding: Literal["auto", "none", "gradients", "full"] = "auto"
     """with several processes: every one holds the whole model (none), or its share of it (FSDP2;
     gradients: whole weights between forward and backward)"""
@@ -256,9 +263,20 @@ class TrainConfig(ModelOptions, DataOptions):
     track: tuple[Literal["tensorboard", "trackio", "swanlab", "wandb"], ...] = ()
     """also report to this tracker; repeat for several"""
     gpu_memory: Annotated[float, Field(ge=0)] = 0
-    """plan for this much device memory in GB instead of what is there"""
+    """plan for a device with this much memory in GB, and take no more of a larger one"""
     overwrite: bool = False
     """replace the output folder"""
+
+    @pydantic.field_validator("checkpointing")
+    @classmethod
+    def _word_or_layers(cls, value: str) -> str:
+        words = ("auto", "none", "full", "offload")
+        if value not in words and not (value.isascii() and value.isdigit()):
+            raise ValueError(
+                t("--checkpointing is {value}; possible: {choices}", value=value,
+                  choices=", ".join([*words, t("a number of layers")]))
+            )  # fmt: skip
+        return value
 
     @property
     def lora_alpha(self) -> int:

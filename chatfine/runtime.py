@@ -121,15 +121,50 @@ def set_seed(seed: int, deterministic: bool = False) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def fp8_works(device: torch.device) -> bool:
+    """Whether `device` multiplies 8-bit floats: an NVIDIA card of compute capability 8.9 (Ada,
+    Hopper) or later."""
+    import torch
+
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def has_bitsandbytes() -> bool:
+    """Whether the package is installed; it is not loaded yet."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def has_compiler() -> bool:
+    """Whether torch can compile for a GPU here: it needs Triton."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def require_storage(quantize: str) -> None:
     """Refuse a storage of frozen weights whose package is not installed; it is not loaded yet.
 
     Raises:
         ResourceError: with the command that installs it.
     """
-    if quantize == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+    if quantize == "nf4":
+        _require_bitsandbytes("--quantize nf4", "--quantize int8")
+
+
+def require_optimizer(optimizer: str) -> None:
+    """The same for an optimizer.
+
+    Raises:
+        ResourceError: with the command that installs it.
+    """
+    if optimizer.endswith("8bit"):
+        _require_bitsandbytes(f"--optimizer {optimizer}", "--optimizer anyprecision")
+
+
+def _require_bitsandbytes(flag: str, instead: str) -> None:
+    if not has_bitsandbytes():
         raise ResourceError(
             "no-bitsandbytes",
-            t("--quantize nf4 needs the package bitsandbytes"),
-            fix=(f"{sys.executable} -m pip install bitsandbytes", "--quantize int8"),
+            t("{flag} needs the package bitsandbytes", flag=flag),
+            fix=(f"{sys.executable} -m pip install bitsandbytes", instead),
         )

@@ -40,7 +40,8 @@ HEAVY = {"torch", "transformers", "peft", "accelerate"}
 HEAVY_ROOMS = ("model.", "evaluate.loss", "train.", "export.merge", "serve.")
 OPTIONAL = {
     "accelerate", "auditnlg", "azure", "bitsandbytes", "liger_kernel", "lm_eval", "matplotlib",
-    "modelscope", "ray", "rouge_score", "sacrebleu", "swanlab", "tensorboard", "trackio", "wandb",
+    "modelscope", "ray", "rouge_score", "sacrebleu", "swanlab", "tensorboard", "trackio", "triton",
+    "wandb",
 }  # fmt: skip
 
 
@@ -219,5 +220,6 @@ def test_every_import_is_declared() -> None:
     declared |= {"chatfine", "yaml", "google", "typing_extensions"}  # PyYAML, protobuf, pydantic's
     # azure-ai-contentsafety; auditnlg wants old chat frameworks, so no extra of ours promises it
     declared |= {"azure", "auditnlg"}
+    declared |= {"triton"}  # comes with torch where torch has it, in the version torch needs
     used = {found.what.partition(".")[0] for found in imports()}
     assert sorted(used - declared - set(sys.stdlib_module_names)) == []

@@ -16,8 +16,10 @@ from chatfine.errors import DataError, TokenizerError
 from chatfine.hub.folder import ModelFolder, check_config
 from chatfine.i18n import t
 from chatfine.tokenizer.advice import (
+    MEASURED_TEXT,
     MIN_GAIN,
     MIN_SHOWN,
+    MIN_TEXT,
     SIZES,
     Measure,
     Verdict,
@@ -33,7 +35,7 @@ from chatfine.tokenizer.growable import Growable, Growth
 from chatfine.tokenizer.hanzi import hanzi
 from chatfine.tokenizer.learn import Learned
 
-MOST_CHARACTERS = 40_000_000
+MOST_CHARACTERS = 40_000_000  # more than MIN_TEXT, or the advice would always be against
 _BYTES = {"fp32": 4, "float32": 4}
 
 
@@ -60,9 +62,10 @@ class Corpus:
               text=t("text kept apart") if self.apart else t("the corpus itself"), now=now.ratio,
               after=after.ratio)
         )  # fmt: skip
-        verdict = judge(now, [after])
+        verdict = judge(now, [after], self.characters)
         if not verdict.size:
-            console.warn(t("the advice is against it: {why}", why=_why(verdict, [now, after])))
+            why = _why(verdict, [now, after], self.characters)
+            console.warn(t("the advice is against it: {why}", why=why))
         return {"before": asdict(now), "after": asdict(after)}
 
 
@@ -166,13 +169,15 @@ def advise_size(base: Growable, corpus: Corpus, costs: Costs, config: ExpandConf
     found = advise(base, corpus, costs, config)
     size = int(found["advice"])
     if not size:
+        fixes = [t("use the model as it is")]
+        if len(found["measures"]) > 1:
+            fixes.append(t("do it all the same by naming a size: --size {size}",
+                           size=found["fits"] or SIZES[0]))  # fmt: skip
         raise TokenizerError(
             "expanding-does-not-pay",
             t("the advice is not to grow the vocabulary for this corpus"),
             why=str(found["why"]),
-            fix=t("do it all the same by naming a size: --size {size}", size=SIZES[0])
-            if len(found["measures"]) > 1
-            else t("use the model as it is"),
+            fix=fixes,
         )
     return size
 
@@ -181,7 +186,8 @@ def advise(base: Growable, corpus: Corpus, costs: Costs, config: ExpandConfig) -
     """Measure several sizes, show them with their costs, and judge.
 
     Returns:
-        `measures`, `advice` (how many pieces, 0 = don't) and `why`.
+        `measures`, `advice` (how many pieces, 0 = don't), `fits` (how many would suit the text,
+        were there more of it; 0 = none) and `why`.
     """
     sizes = sorted({*SIZES, config.size} - {0})
     console.say(t("measuring {characters} characters …", characters=f"{corpus.characters:,}"))
@@ -198,10 +204,11 @@ def advise(base: Growable, corpus: Corpus, costs: Costs, config: ExpandConfig) -
          t("each shown"), t("weights more")],
         rows,
     )  # fmt: skip
-    verdict = judge(found[0], found[1:])
-    why = _why(verdict, found)
-    _explain(corpus, verdict, why)
-    return {"measures": [asdict(one) for one in found], "advice": verdict.size, "why": why}
+    verdict = judge(found[0], found[1:], corpus.characters)
+    why = _why(verdict, found, corpus.characters)
+    _explain(corpus, verdict, why, found)
+    return {"measures": [asdict(one) for one in found], "advice": verdict.size,
+            "fits": verdict.fits, "why": why}  # fmt: skip
 
 
 def _line(name: str, one: Measure, now: Measure, costs: Costs) -> list[str]:
@@ -216,7 +223,7 @@ def _line(name: str, one: Measure, now: Measure, costs: Costs) -> list[str]:
     ]
 
 
-def _explain(corpus: Corpus, verdict: Verdict, why: str) -> None:
+def _explain(corpus: Corpus, verdict: Verdict, why: str, found: Sequence[Measure]) -> None:
     """The verdict in words, with what others needed."""
     console.say(
         t("measured on {n} texts kept apart", n=len(corpus.apart))
@@ -232,13 +239,38 @@ def _explain(corpus: Corpus, verdict: Verdict, why: str) -> None:
         console.say(t("add {size} pieces: {why}", size=f"{verdict.size:,}", why=why), "bold")
     else:
         console.say(t("don't: {why}", why=why), "bold")
+    if verdict.cause == "too-little-text":
+        now, fits = found[0], _of_size(found, verdict.fits)
+        console.say(
+            t("what growing still gives: with {size} pieces a text takes {saved} fewer tokens, so "
+              "answers are faster and the context holds {gain:.1f} times as much. If that counts "
+              "more than quality, or you will train on much more text than this: --size {number}",
+              size=f"{fits.added:,}", saved=f"{1 - now.ratio / fits.ratio:.0%}",
+              gain=fits.ratio / now.ratio, number=fits.added)
+        )  # fmt: skip
     console.say(
-        t("the limits of this rule are set by hand, until the project's own measurements set them")
-    )
+        t("the limits of this rule are set by hand: beyond {measured} million characters of "
+          "training text nothing was measured here", measured=_millions(MEASURED_TEXT))
+    )  # fmt: skip
 
 
-def _why(verdict: Verdict, found: Sequence[Measure]) -> str:
+def _of_size(found: Sequence[Measure], size: int) -> Measure:
+    return next(one for one in found if one.added == size)
+
+
+def _millions(characters: int) -> str:
+    return f"{characters / 1e6:.3g}"
+
+
+def _why(verdict: Verdict, found: Sequence[Measure], characters: int) -> str:
+    """The cause in words; `characters` are those of the corpus."""
     now, best = found[0], found[-1]
+    if verdict.cause == "too-little-text":
+        return t("the corpus has {n} million characters, and new rows need more text than that. "
+                 "With {measured} million, trained for the same time, grown vocabularies ended at "
+                 "5 to 7 % more bits a character than the old one; the limit is set at {limit} "
+                 "million", n=_millions(characters), measured=_millions(MEASURED_TEXT),
+                 limit=_millions(MIN_TEXT))  # fmt: skip
     if verdict.cause == "gains-little":
         gain = best.ratio / now.ratio if now.ratio else 0.0
         return t("a token would hold only {gain:.2f} times as much text as now (the limit is "
@@ -248,6 +280,6 @@ def _why(verdict: Verdict, found: Sequence[Measure]) -> str:
         return t("already with {size} pieces the corpus shows each only {n:.0f} times (the limit "
                  "is {limit:.0f}), too seldom to learn it", size=f"{first.added:,}", n=first.shown,
                  limit=MIN_SHOWN)  # fmt: skip
-    chosen = next(one for one in found if one.added == verdict.size)
+    chosen = _of_size(found, verdict.size)
     return t("a token holds {gain:.2f} times as much text, and the corpus shows each new piece "
              "{n:.0f} times", gain=chosen.ratio / now.ratio, n=chosen.shown)  # fmt: skip

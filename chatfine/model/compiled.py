@@ -98,6 +98,11 @@ class CompiledLoss(LossModel):
         for layer in causal_model(self.model).get_decoder().layers:
             layer._compiled_call_impl = None
 
+    def drop_groups(self) -> None:
+        """Go on with adapters beside the product, where one holds too large a number."""
+        self.groups.drop()
+        self.calls = 0
+
     def refresh(self) -> None:
         """Bring what is derived from the adapter up to date."""
         if self.stale or not self.training:
@@ -108,8 +113,7 @@ class CompiledLoss(LossModel):
         """The sum of the losses of the labels of `batch`."""
         self.refresh()
         if not self.training and not self.groups.fits():
-            self.groups.drop()
-            self.calls = 0
+            self.drop_groups()
         if self.fixed is None or not self.training:
             with torch.compiler.set_stance("force_eager"):
                 return loss_sum(self.model, batch)

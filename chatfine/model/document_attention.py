@@ -3,8 +3,7 @@ graph can take as it is.
 
 Where documents begin is a tensor on the device, filled up to a fixed length by repeating its last
 entry (empty documents), so no shape depends on the batch. On a GPU it is torch's flash attention
-for sequences of different lengths; on a CPU a loop over the
-documents.
+for sequences of different lengths; on a CPU a loop over the documents.
 """
 
 from __future__ import annotations
@@ -205,7 +204,7 @@ def _weights(q: torch.Tensor, k: torch.Tensor, scale: float, window: int) -> tor
 
 def _apart(x: torch.Tensor, longest: int) -> torch.Tensor:
     """(N, heads, size) → (documents, heads, longest, size)."""
-    return x.unflatten(0, (-1, longest)).transpose(1, 2)
+    return x.reshape(-1, longest, *x.shape[1:]).transpose(1, 2)
 
 
 def _joined(x: torch.Tensor) -> torch.Tensor:
@@ -222,4 +221,4 @@ def _summed(grad: torch.Tensor, heads: int) -> torch.Tensor:
     """The gradient of what `_repeated` repeated."""
     if grad.shape[1] == heads:
         return grad
-    return grad.unflatten(1, (heads, -1)).sum(2)
+    return grad.reshape(len(grad), heads, -1, grad.shape[2]).sum(2)

@@ -85,7 +85,7 @@ class LossModel(torch.nn.Module):
             The micro-batch's part of the global mean loss, a scalar on the device.
         """
         with context():
-            loss = self(batch) / labels
+            loss: torch.Tensor = self(batch) / labels
         scaled(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 

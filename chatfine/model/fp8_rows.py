@@ -92,10 +92,10 @@ def _kernel() -> Any:
     smallest, largest = tl.constexpr(FP8_SMALLEST), tl.constexpr(E4M3_MAX)
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def rows(
+    def rows(  # type: ignore[no-untyped-def]
         x, inner, factors, codes, scales, size, rank, width, unit,
         HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
+    ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, BLOCK)
         inside = column < size

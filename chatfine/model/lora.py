@@ -3,21 +3,21 @@
 PEFT's layer adds, for each linear, a scaled copy of the adapter's output to the base's output: two
 more elementwise passes forward and two backward. Here the small product accumulates straight into
 the large one (`addmm_`), forward and backward. The slow twin is PEFT's forward; it stays in charge
-wherever something is not plain (DoRA, dropout, several adapters, biased bases). A packed base
-(`model.frozen`) is unpacked for the forward product and again for the backward one.
+wherever something is not plain (DoRA, dropout, several adapters, an adapter with a bias). A packed
+base (`model.frozen`) is unpacked for the forward product and again for the backward one.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from chatfine.model.frozen import FrozenLinear
-from chatfine.model.storages import PLAIN, STORAGES, Fp8, Storage, multiplies_fp8
+from chatfine.model.storages import PLAIN, STORAGES, Fp8, Packed, Storage, multiplies_fp8
 
 
 def install(model: nn.Module) -> int:
@@ -31,9 +31,10 @@ def install(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if type(module) is Linear and _is_plain(module):
-            module.__class__ = _fused()
-            module.fused_adapter = module.active_adapters[0]
-            module.group = None  # see `model.lora_fp8`
+            layer: Any = module
+            layer.__class__ = _fused()
+            layer.fused_adapter = layer.active_adapters[0]
+            layer.group = None  # see `model.lora_fp8`
             count += 1
     return count
 
@@ -100,7 +101,7 @@ def _fused() -> Any:
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     name, base = module.fused_adapter, module.base_layer
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    storage, packed = PLAIN.name, (base.weight,)
+    storage, packed = PLAIN.name, cast(Packed, (base.weight,))
     if isinstance(base, FrozenLinear):
         storage, packed = base.storage.name, base.packed
     else:

@@ -57,7 +57,7 @@ class LoraFp8(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any,
         x: torch.Tensor,
         scale: float,
@@ -67,6 +67,7 @@ class LoraFp8(torch.autograd.Function):
         tail_a: torch.Tensor,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
+        """See the class; what it keeps of the weight is what is packed."""
         count = len(weights) // 2
         a = torch.cat(weights[:count]).to(x.dtype)
         b = [one.to(x.dtype) for one in weights[count:]]
@@ -78,13 +79,12 @@ class LoraFp8(torch.autograd.Function):
         return multiply_fp8(left.view(E4M3), right, own, scales, x.dtype)
 
     @staticmethod
-    def backward(  # type: ignore[override]  # noqa: D102
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """Of x as one product of 8-bit floats, of A and B exact."""
         x, inner, tail_a, *rest = ctx.saved_tensors
         b, packed = rest[: ctx.count], tuple(rest[ctx.count :])
-        grads = grad.split([len(one) for one in b], 1)
-        inners = inner.split([one.shape[1] for one in b], 1)
+        grads = grad.split_with_sizes([len(one) for one in b], 1)
+        inners = inner.split_with_sizes([one.shape[1] for one in b], 1)
         pairs = list(zip(grads, b, strict=True))
         grad_inner = torch.cat([torch.mm(g, one) for g, one in pairs], 1) * ctx.scale
         right, scales = _right_back(ctx.storage, packed, tail_a, x.shape[1])
@@ -95,7 +95,7 @@ class LoraFp8(torch.autograd.Function):
         grad_x = multiply_fp8(left.view(E4M3), right, own, ones, grad.dtype)
         wide = torch.promote_types(x.dtype, torch.float32)
         grad_a = torch.mm(grad_inner.t(), x).to(wide)
-        found_a = grad_a.split([one.shape[1] for one in b])
+        found_a = grad_a.split_with_sizes([one.shape[1] for one in b])
         found_b = [
             torch.mm(g.t(), i).to(wide) * ctx.scale for g, i in zip(grads, inners, strict=True)
         ]
@@ -160,7 +160,10 @@ class Group:
         else:
             self.tail_a = scales.new_zeros(self.in_features, width)
         for layer, part, some in zip(
-            layers, codes.split(self.outs), scales.split(self.outs), strict=True
+            layers,
+            codes.split_with_sizes(self.outs),
+            scales.split_with_sizes(self.outs),
+            strict=True,
         ):
             base = layer.base_layer
             base.weight.data = part[:, : base.weight.shape[1]]
@@ -180,7 +183,7 @@ class Group:
                 x.reshape(-1, self.in_features), self.scale, self.storage, self.packed,
                 self.tail_b, self.tail_a, *self.weights(),
             )  # fmt: skip
-            self.waiting = list(y.split(self.outs, 1))
+            self.waiting = list(y.split_with_sizes(self.outs, 1))
         found = self.waiting.pop(0)
         return found.view(*x.shape[:-1], found.shape[1])
 

@@ -123,7 +123,7 @@ class _Recomputation:
         return saved_tensors_hooks(self.shelf.put, self.shelf.take)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class _Waiting:
     """A tensor on the shelf."""
 
@@ -146,8 +146,10 @@ class _Shelf:
         self.last: _Waiting | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def put(self, tensor: torch.Tensor) -> _Waiting:
+    def put(self, tensor: torch.Tensor) -> _Waiting | torch.Tensor:
         """Begin to copy `tensor` away; the one before it has gone by now."""
+        if not tensor.numel():  # with an argument torch 2.11 saves an empty tensor of its own
+            return tensor
         tensor, leaving = tensor.detach(), self.last
         waiting = self.last = _Waiting(leaving, tensor.device, tensor)
         if not tensor.is_cuda:
@@ -159,8 +161,10 @@ class _Shelf:
         waiting.copied = self._copy(waiting.host, tensor, tensor.device)
         return waiting
 
-    def take(self, waiting: _Waiting) -> torch.Tensor:
+    def take(self, waiting: _Waiting | torch.Tensor) -> torch.Tensor:
         """The tensor again; the one needed next is sent for."""
+        if isinstance(waiting, torch.Tensor):
+            return waiting
         if waiting is self.last:
             self.last = None
         self._fetch(waiting)
@@ -187,7 +191,7 @@ class _Shelf:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record(self._stream)
         return copied
 

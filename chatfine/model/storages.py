@@ -295,9 +295,9 @@ def nf4_values(codes: torch.Tensor, scales: torch.Tensor, in_features: int) -> t
     return (blocks * scales[..., None]).view(len(codes), -1)[:, :in_features]
 
 
-@functools.lru_cache(maxsize=1)
-def bitsandbytes() -> Any:
-    """bitsandbytes' functional part.
+@functools.lru_cache(maxsize=4)
+def bitsandbytes(part: str = "functional", flag: str = "--quantize nf4") -> Any:
+    """A part of bitsandbytes (functional, optim); `flag` is what it is needed for.
 
     Raises:
         ResourceError: it is not installed, or does not load on this machine.
@@ -306,11 +306,11 @@ def bitsandbytes() -> Any:
     kernels = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        import bitsandbytes.functional as functional
+        import bitsandbytes as package
     except Exception as error:  # a library that finds the wrong CUDA raises anything
         raise ResourceError(
             "no-bitsandbytes",
-            t("--quantize nf4 needs the package bitsandbytes"),
+            t("{flag} needs the package bitsandbytes", flag=flag),
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
             fix="pip install bitsandbytes",
         ) from error
@@ -319,4 +319,4 @@ def bitsandbytes() -> Any:
             del sys.modules["kernels"]
         else:
             sys.modules["kernels"] = kernels
-    return functional
+    return getattr(package, part)

@@ -21,8 +21,11 @@ SIZES = (1000, 4000, 8000, 16000)
 MIN_GAIN = 1.25  # less than a fifth of the tokens saved is not worth untrained rows
 MIN_STEP = 1.05  # what a larger size must bring over the one before
 MIN_SHOWN = 50.0  # times the corpus shows a new piece on average; a row shown less stays a guess
-# The three thresholds are set by hand from the papers below until the project's own ablation
-# (docs/LOG.md) gives better ones.
+MEASURED_TEXT = 2_700_000  # characters with which this project measured growing not to pay (docs/LOG.md)
+MIN_TEXT = 30_000_000  # characters below which the advice is against it: about ten times MEASURED_TEXT
+# All four thresholds are set by hand. For MIN_TEXT nothing beyond MEASURED_TEXT was measured, and the
+# papers below speak of billions of tokens: it is where the "no" stops being certain, not where a
+# "yes" begins to be.
 KEPT_APART, LEAST_TEXTS, MOST_CHARACTERS = 20, 40, 300_000
 
 
@@ -45,7 +48,9 @@ class Verdict:
     """What the rule says: `size` pieces, 0 = don't."""
 
     size: int
-    cause: Literal["pays", "gains-little", "shown-too-rarely"]
+    cause: Literal["may-pay", "too-little-text", "gains-little", "shown-too-rarely"]
+    fits: int = 0
+    """pieces that suit the text, however much there is of it; 0 = none"""
 
 
 def split(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -102,12 +107,15 @@ def measure_sizes(
     return found
 
 
-def judge(now: Measure, sizes: Sequence[Measure]) -> Verdict:
+def judge(now: Measure, sizes: Sequence[Measure], corpus: int) -> Verdict:
     """The largest size that still brings something and whose pieces the corpus shows often enough.
+
+    With less than `MIN_TEXT` that size is only what would fit, and the verdict is against growing.
 
     Args:
         now: the vocabulary as it is.
         sizes: grown ones, the smallest first.
+        corpus: characters of the whole corpus.
     """
     best, before = 0, now
     cause: Literal["gains-little", "shown-too-rarely"] = "gains-little"
@@ -120,7 +128,11 @@ def judge(now: Measure, sizes: Sequence[Measure]) -> Verdict:
         before = one
         if one.ratio >= MIN_GAIN * now.ratio:
             best = one.added
-    return Verdict(best, "pays" if best else cause)
+    if not best:
+        return Verdict(0, cause)
+    if corpus < MIN_TEXT:
+        return Verdict(0, "too-little-text", best)
+    return Verdict(best, "may-pay", best)
 
 
 def added_weights(pieces: int, hidden: int, tied: bool) -> int:

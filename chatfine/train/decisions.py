@@ -1,21 +1,23 @@
-"""What `auto` comes to: number format, micro-batch, packing, recomputation."""
+"""What `auto` comes to: number format, storage, micro-batch, packing, recomputation."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from chatfine.errors import ResourceError, UsageError
+from chatfine import console
+from chatfine.errors import UsageError
 from chatfine.i18n import t
-from chatfine.runtime import pick_dtype
+from chatfine.runtime import fp8_works, has_bitsandbytes, has_compiler, pick_dtype
 from chatfine.train import machine
 from chatfine.train import plan as planning
-from chatfine.train.methods import UNPACKED
+from chatfine.train.methods import ADAPTERS, UNPACKED
 from chatfine.train.prepare import Prepared, learning_layers, write_json
+from chatfine.train.remedies import out_of_memory, remedies
 
 if TYPE_CHECKING:
     from chatfine.train.plan import Shapes, Work
@@ -28,7 +30,16 @@ PACKED_ROWS_WORTH = 200
 rarer."""
 
 
-ASKED = ("dtype", "batch_size", "accumulate", "packing", "checkpointing")
+COMPILED = ("lora", "rows", "full", "freeze")
+"""Methods whose layers can be compiled."""
+WORTH_COMPILING = 1e16
+"""Floating-point operations of a run whose compilation (10 to 25 s on an H100) pays: about a minute
+of them."""
+
+WITHOUT_FP8 = {"fp8": "none"}
+"""What is stored instead where the device can't multiply 8-bit floats."""
+
+ASKED = ("dtype", "batch_size", "accumulate", "packing", "checkpointing", "quantize", "compile")
 """The settings that the decisions follow from: where they changed before the first checkpoint, all
 is decided anew."""
 
@@ -42,9 +53,13 @@ class Decisions:
     rows: int
     accumulate: int
     packing: bool
-    checkpointing: bool
+    recompute_layers: int
+    offload: bool = False
     processes: int = 1
     sharding: str = "none"
+    quantize: str = "none"
+    second_copy: bool = False
+    compile: bool = False
 
     @property
     def rows_a_step(self) -> int:
@@ -73,19 +88,28 @@ def decide(
     asked = {name: getattr(config, name) for name in ASKED}
     if kept.is_file():
         earlier = json.loads(kept.read_text(encoding="utf-8"))
-        if earlier["asked"] == asked:
-            return _regroup(Decisions(**earlier["decided"]), processes, prepared)
+        if asked | earlier["asked"] == asked:
+            return _regroup(_read(earlier["decided"], config.quantize, shapes), processes, prepared)
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     packing = _packing(prepared, device)
     rows = config.batch_size or (1 if packing else -(-EXAMPLES_A_STEP // processes))
-    checkpointing = config.checkpointing == "full"
     wanted = Decisions(
-        device.type, dtype, rows, config.accumulate, packing, checkpointing, processes,
-        _sharding(config.sharding, processes),
+        device.type, dtype, rows, config.accumulate, packing, recompute_layers=0,
+        processes=processes, sharding=_sharding(config.sharding, processes),
     )  # fmt: skip
     decisions = _fit(prepared, shapes, device, wanted)
+    decisions = dataclasses.replace(decisions, compile=_compiles(prepared, shapes, decisions))
     write_json(kept, {"asked": asked, "decided": dataclasses.asdict(decisions)})
     return decisions
+
+
+def _read(decided: dict[str, Any], quantize: str, shapes: Shapes) -> Decisions:
+    """What an earlier start decided. At first all layers were recomputed or none, and the storage
+    was the one asked for."""
+    if "checkpointing" in decided:
+        every = decided.pop("checkpointing")
+        decided |= {"recompute_layers": shapes.layers if every else 0, "quantize": quantize}
+    return Decisions(**decided)
 
 
 def _sharding(wanted: str, processes: int) -> str:
@@ -120,8 +144,9 @@ def _regroup(earlier: Decisions, processes: int, prepared: Prepared) -> Decision
     if config.sharding == "auto" and processes > 1 and earlier.sharding == "full":
         sharding = "full"  # it did not fit otherwise
     return dataclasses.replace(
-        earlier, rows=rows, accumulate=each // rows, processes=processes, sharding=sharding
-    )
+        earlier, rows=rows, accumulate=each // rows, processes=processes, sharding=sharding,
+        second_copy=earlier.second_copy and sharding == "none",
+    )  # fmt: skip
 
 
 def _packing(prepared: Prepared, device: torch.device) -> bool:
@@ -130,35 +155,123 @@ def _packing(prepared: Prepared, device: torch.device) -> bool:
         return False
     if prepared.config.packing != "auto":
         return prepared.config.packing == "on"
+    if prepared.config.compile == "on":  # which wants rows of one length
+        return True
     tokens = sum(int(part.lengths.sum()) for part in prepared.data.train)
     return device.type == "cuda" and tokens / prepared.max_length >= PACKED_ROWS_WORTH
 
 
+def _compiles(prepared: Prepared, shapes: Shapes, decisions: Decisions) -> bool:
+    """Whether the layers are compiled: where all micro-batches have one shape and each process
+    holds whole weights; by itself only where that takes less time than it saves."""
+    wanted, method = prepared.config.compile, prepared.config.method
+    possible = decisions.packing and decisions.sharding == "none" and method in COMPILED
+    if wanted != "auto":
+        if wanted == "on" and not possible:
+            console.warn(
+                t("--compile on is ignored: it needs packed rows, a model that is not shared out, "
+                  "and the method lora, rows, full or freeze")
+            )  # fmt: skip
+        return possible and wanted == "on"
+    if decisions.device != "cuda" or not has_compiler():
+        return False
+    work = planning.make_plan(shapes, work_of(prepared, decisions))
+    return possible and work.flop / decisions.processes >= WORTH_COMPILING
+
+
+def _storages(prepared: Prepared, device: torch.device, dtype: str) -> list[str]:
+    """How the frozen weights may be stored, fastest first."""
+    config, method = prepared.config, prepared.config.method
+    fp8 = fp8_works(device) and dtype == "bfloat16"
+    if config.quantize in WITHOUT_FP8 and not fp8:
+        instead = WITHOUT_FP8[config.quantize]
+        console.warn(
+            t("--quantize {wanted} needs an NVIDIA card of compute capability 8.9 or later, and "
+              "bf16; this run stores the frozen weights as {instead} instead",
+              wanted=config.quantize, instead=dtype if instead == "none" else instead)
+        )  # fmt: skip
+        return [instead]
+    if config.quantize != "auto":
+        return [config.quantize]
+    if device.type != "cuda" or method not in ADAPTERS:
+        return ["none"]
+    first = ["fp8"] if fp8 and method in ("lora", "rows") else []
+    return [*first, "none", "nf4" if has_bitsandbytes() else "int8"]
+
+
 def _fit(prepared: Prepared, shapes: Shapes, device: torch.device, wanted: Decisions) -> Decisions:
-    """Smaller micro-batches (same global batch), then recomputation, until the plan fits."""
+    """The way to do the run that the plan expects to be the fastest of those that fit.
+
+    Whole weights in every process come before shared ones, and one storage before the next.
+
+    Raises:
+        ResourceError: none fits.
+    """
     config = prepared.config
     free = machine.free_memory_bytes(device, config.gpu_memory)
-    options = [wanted]
-    if not config.batch_size:
-        rows, accumulate = wanted.rows, wanted.accumulate
-        while rows > 1:
-            rows, accumulate = rows // 2, accumulate * 2
-            options.append(dataclasses.replace(wanted, rows=rows, accumulate=accumulate))
-    if config.checkpointing == "auto" and config.method != "prefix":
-        options += [dataclasses.replace(one, checkpointing=True) for one in list(options)]
-    if config.sharding == "auto" and wanted.processes > 1 and wanted.sharding == "none":
-        options += [dataclasses.replace(one, sharding="full") for one in list(options)]
-    for option in options:
-        if planning.make_plan(shapes, work_of(prepared, option)).memory_bytes <= free:
-            return option
-    work = work_of(prepared, options[-1])
+    host = machine.free_memory_bytes(torch.device("cpu"))
+    shardings = [wanted.sharding]
+    if config.sharding == "auto" and wanted.processes > 1:
+        shardings.append("full")
+    last = (wanted, work_of(prepared, wanted))
+    for storage in _storages(prepared, device, wanted.dtype):
+        for sharding in shardings:
+            start = dataclasses.replace(wanted, sharding=sharding, quantize=storage)
+            options = _options(prepared, shapes, start)
+            fitting = []
+            for option, work in options:
+                plan = planning.make_plan(shapes, work)
+                if plan.memory_bytes <= free and (not plan.host_bytes or plan.host_bytes <= host):
+                    fitting.append((option, planning.relative_time(shapes, work)))
+            if fitting:
+                return min(fitting, key=lambda one: one[1])[0]
+            last = options[-1]
+    option, work = last
     need = planning.make_plan(shapes, work).memory_bytes
-    raise ResourceError(
-        "out-of-memory",
+    raise out_of_memory(
         t("the run needs about {need:.1f} GB of memory; {free:.1f} GB can be used",
           need=need / 1e9, free=free / 1e9),
-        fix=planning.remedies(shapes, work, free, options[-1].rows, options[-1].accumulate),
+        remedies(shapes, work, free, option.rows, option.accumulate),
     )  # fmt: skip
+
+
+def _options(prepared: Prepared, shapes: Shapes, start: Decisions) -> list[tuple[Decisions, Work]]:
+    """The ways to do a run: micro-batches, larger ones first (the global batch stays), and then how
+    much is computed again; the last one needs the least memory."""
+    rows, accumulate = start.rows, start.accumulate
+    batches = [start]
+    while rows > 1 and not prepared.config.batch_size:
+        rows, accumulate = rows // 2, accumulate * 2
+        batches.append(dataclasses.replace(start, rows=rows, accumulate=accumulate))
+    # a second copy can't be sliced
+    copies = (True, False) if start.quantize == "fp8" and start.sharding == "none" else (False,)
+    options = []
+    for batch in batches:
+        work = work_of(prepared, batch)
+        every = planning.layers_reached(shapes, work)
+        dial = _dial(prepared.config.checkpointing, prepared.config.method, work.device, every)
+        for layers, offload in dial:
+            for copy in copies:
+                option = dataclasses.replace(
+                    batch, recompute_layers=layers, offload=offload, second_copy=copy
+                )
+                same = dataclasses.replace(
+                    work, recompute_layers=layers, offload=offload, second_copy=copy
+                )
+                options.append((option, same))
+    return options
+
+
+def _dial(wanted: str, method: str, device: str, every: int) -> list[tuple[int, bool]]:
+    """Numbers of recomputed layers, and whether their inputs leave the device, that `wanted`
+    (auto, none, full, offload or a number) allows; less memory later."""
+    if wanted == "auto":
+        if method == "prefix":  # see methods.check_method
+            return [(0, False)]
+        away = [(every, True)] if device == "cuda" else []
+        return [*((layers, False) for layers in range(every + 1)), *away]
+    layers = {"none": 0, "full": every, "offload": every}.get(wanted)
+    return [(min(int(wanted), every) if layers is None else layers, wanted == "offload")]
 
 
 def work_of(prepared: Prepared, decisions: Decisions) -> Work:
@@ -180,23 +293,19 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
         targets=planning.targets_of(config.targets),
         layers=learning_layers(config, prepared.model),
         dtype_bytes=4 if decisions.dtype == "float32" else 2, device=decisions.device,
-        checkpointing=decisions.checkpointing, micro_tokens=micro,
+        recompute_layers=decisions.recompute_layers, offload=decisions.offload, micro_tokens=micro,
         micro_labels=round(micro * labels / max(1, tokens)) or 1, longest=lengths[0],
         tokens=round(tokens * epochs), labels=round(labels * epochs), keep=config.keep,
-        quantize=config.quantize, virtual_tokens=config.learned_tokens,
+        quantize=decisions.quantize, second_copy=decisions.second_copy,
+        virtual_tokens=config.learned_tokens,
         row_parameters=prepared.row_parameters,
         sharing=decisions.processes if decisions.sharding != "none" else 1,
-        keep_gathered=decisions.sharding == "gradients", offload=config.cpu_offload,
+        keep_gathered=decisions.sharding == "gradients", weights_offload=config.cpu_offload,
         learning_bytes=2 if config.pure_bf16 else 4,
-        moments_bytes=_moments_bytes(config.optimizer, config.pure_bf16, config.kahan),
+        moments_bytes=planning.moments_bytes(
+            config.optimizer, decisions.device, config.pure_bf16, config.kahan
+        ),
     )  # fmt: skip
-
-
-def _moments_bytes(optimizer: str, pure_bf16: bool, kahan: bool) -> int:
-    """Bytes of optimizer state for each number that learns."""
-    if optimizer == "anyprecision":
-        return 6 if kahan else 4
-    return 4 if pure_bf16 else 8
 
 
 def check_sharing(prepared: Prepared, decisions: Decisions) -> None:
@@ -222,6 +331,14 @@ def check_sharing(prepared: Prepared, decisions: Decisions) -> None:
             why=t("its gradients need a scale that all processes agree on"),
             fix=("--dtype bf16", "--sharding none"),
         )
+    if config.optimizer in planning.EIGHT_BIT and config.method not in ADAPTERS:
+        raise UsageError(
+            "sharded-optimizer",
+            t("--optimizer {name} does not work with --sharding {kind} and --method {method}",
+              name=config.optimizer, kind=kind, method=config.method),
+            why=t("its state belongs to whole weights, and each process holds slices of them"),
+            fix=("--optimizer anyprecision", "--sharding none"),
+        )  # fmt: skip
     if config.method in ("dora", "prefix", "llama-adapter"):
         raise UsageError(
             "sharded-method",

@@ -26,11 +26,13 @@ def predict(
     return {
         "device": str(device),
         "dtype": decisions.dtype,
-        "quantize": prepared.config.quantize,
+        "quantize": decisions.quantize,
         "batch_size": decisions.rows,
         "accumulate": decisions.accumulate,
         "packing": decisions.packing,
-        "checkpointing": decisions.checkpointing,
+        "recompute_layers": decisions.recompute_layers,
+        "offload": decisions.offload,
+        "compile": decisions.compile,
         "processes": decisions.processes,
         "sharding": decisions.sharding,
         "steps": steps,
@@ -59,6 +61,8 @@ def show(
         [t("device"), f"{plan['device']}, {plan['dtype']}"],
         *_storage(plan["quantize"]),
         *_positions(prepared),
+        *_recomputed(decisions, shapes),
+        *([[t("layers"), t("compiled")]] if decisions.compile else []),
         *_processes(decisions),
         [t("learns"), t("{n:,} of {m:,} parameters ({method})", n=plan["trained_parameters"],
                         m=plan["parameters"], method=prepared.method)],
@@ -78,6 +82,15 @@ def show(
 
 def _storage(quantize: str) -> list[list[str]]:
     return [] if quantize == "none" else [[t("frozen weights"), quantize]]
+
+
+def _recomputed(decisions: Decisions, shapes: planning.Shapes) -> list[list[str]]:
+    if not decisions.recompute_layers:
+        return []
+    text = t("{n} of {m} layers", n=decisions.recompute_layers, m=shapes.layers)
+    if decisions.offload:
+        text = t("{layers}, whose inputs wait in the CPU's memory", layers=text)
+    return [[t("recomputed"), text]]
 
 
 def _positions(prepared: Prepared) -> list[list[str]]:

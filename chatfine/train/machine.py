@@ -36,13 +36,29 @@ EFFICIENCY = {"cpu": 0.72, "cuda": 0.45, "mps": 0.4}
 """Measured share of that rate that a whole training step reaches."""
 
 
+CONTEXT_BYTES = 500e6
+"""What CUDA itself takes of a card before torch allocates anything."""
+
+
+def cap_memory(device: torch.device, limit_gb: float) -> None:
+    """Let torch take no more of a CUDA device than a card of `limit_gb` GB would leave it; 0 lifts
+    the limit again."""
+    import torch
+
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        share = (limit_gb * 1e9 - CONTEXT_BYTES) / total if limit_gb else 1.0
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
+
+
 def free_memory_bytes(device: torch.device, limit_gb: float = 0) -> float:
-    """Memory a run may take on `device`: what is free, or `limit_gb` GB, less a safety margin."""
+    """Memory a run may take on `device`: what is free, or what a device of `limit_gb` GB would have
+    free, less a safety margin."""
     import psutil
     import torch
 
     if limit_gb:
-        free = limit_gb * 1e9
+        free = limit_gb * 1e9 - (CONTEXT_BYTES if device.type == "cuda" else 0)
     elif device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:

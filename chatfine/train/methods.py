@@ -5,7 +5,7 @@ from __future__ import annotations
 from chatfine.errors import UsageError
 from chatfine.hub.folder import ModelFolder
 from chatfine.i18n import t
-from chatfine.runtime import require_storage
+from chatfine.runtime import require_optimizer, require_storage
 
 ADAPTERS = ("lora", "dora", "rows", "prefix", "llama-adapter")
 """Methods whose result is an adapter beside the model."""
@@ -19,13 +19,13 @@ LLAMA_ADAPTER_LAYERS = 30
 
 def check_method(
     method: str, model: ModelFolder, *, quantize: str, packing: str, checkpointing: str,
-    layers: int, adapter: str = "",
+    layers: int, adapter: str = "", optimizer: str = "adamw",
 ) -> None:  # fmt: skip
     """Refuse settings that don't go with `method`, or a method that the model can't have.
 
     Raises:
         UsageError: naming the setting.
-        ResourceError: a package that `quantize` needs is missing.
+        ResourceError: a package that `quantize` or `optimizer` needs is missing.
     """
     if adapter and method not in ADAPTERS:
         raise UsageError(
@@ -34,7 +34,7 @@ def check_method(
             where="--adapter",
             fix="--method lora",
         )
-    if quantize != "none" and method not in ADAPTERS:
+    if quantize not in ("none", "auto") and method not in ADAPTERS:
         why = t("all weights learn; only weights that never learn can be stored rounded")
         if method == "freeze":
             why = t("the run writes a whole model, whose frozen layers would be the rounded ones")
@@ -44,6 +44,7 @@ def check_method(
             where="--quantize", why=why, fix=("--method lora", "--quantize none"),
         )  # fmt: skip
     require_storage(quantize)
+    require_optimizer(optimizer)
     if method not in UNPACKED:
         return
     if packing == "on":
@@ -53,10 +54,10 @@ def check_method(
             where="--packing", why=t("it needs every example in a row of its own"),
             fix="--packing off",
         )  # fmt: skip
-    if method == "prefix" and checkpointing == "full":
+    if method == "prefix" and checkpointing not in ("auto", "none", "0"):
         raise UsageError(
             "checkpointing-and-method",
-            t("--checkpointing full does not go with --method prefix"),
+            t("--checkpointing {value} does not go with --method prefix", value=checkpointing),
             where="--checkpointing",
             why=t("a prefix is a cache of keys and values, which recomputing would fill twice"),
             fix=("--checkpointing none", "--batch-size 1"),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from chatfine.model.storages import bitsandbytes
 from chatfine.train.distributed import is_slice, own
+from chatfine.train.plan import EIGHT_BIT
 
 
 def make_optimizer(
@@ -23,8 +25,8 @@ def make_optimizer(
     rows_factor: float = 1.0,
     rows_first: int = 0,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, 2019) over `parameters`, or AnyPrecisionAdamW; only matrices
-    decay.
+    """AdamW (Loshchilov & Hutter, 2019) over `parameters`, AnyPrecisionAdamW, or AdamW with 8-bit
+    moments (Dettmers et al., 2022) of bitsandbytes; only matrices decay.
 
     betas 0.9, 0.95 would suit pre-training; fine-tuning keeps the paper's 0.9, 0.999. The learning
     rate is set by the loop before every step.
@@ -33,11 +35,14 @@ def make_optimizer(
         parameters: name → what learns.
         weight_decay: of matrices.
         device: where it computes.
-        kind: adamw or anyprecision.
+        kind: adamw, anyprecision, adamw8bit or paged-adamw8bit.
         kahan: with anyprecision, keep the weights' rounding error.
         rows: names of new vocabulary rows, which learn `rows_factor` times as fast as the rest.
         rows_factor: see `rows`.
         rows_first: the rest begins to learn at this step.
+
+    Raises:
+        ResourceError: bitsandbytes is needed and does not load.
     """
     groups: list[dict[str, Any]] = []
     for named, scale, start in ((False, 1.0, rows_first), (True, rows_factor, 0)):
@@ -50,8 +55,21 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     if kind == "anyprecision":
         return AnyPrecisionAdamW(groups, kahan)
+    if kind in EIGHT_BIT:
+        return _eight_bit(groups, kind, device)
     fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+
+
+def _eight_bit(
+    groups: list[dict[str, Any]], kind: str, device: torch.device
+) -> torch.optim.Optimizer:
+    """A scale for 256 numbers; tensors of less than 4,096 numbers keep float32 moments."""
+    optim = bitsandbytes("optim", f"--optimizer {kind}")
+    paged = kind.startswith("paged") and device.type == "cuda"  # nowhere else to go
+    make = optim.PagedAdamW8bit if paged else optim.AdamW8bit
+    optimizer: torch.optim.Optimizer = make(groups, lr=0.0)
+    return optimizer
 
 
 class AnyPrecisionAdamW(torch.optim.Optimizer):
@@ -162,6 +180,7 @@ def optimizer_tensors(
         f"{name}|{key}": value if torch.is_tensor(value) else torch.tensor(value)
         for name, parameter in parameters.items()
         for key, value in sorted(optimizer.state.get(parameter, {}).items())
+        if not key.startswith("qmap")  # one table of bitsandbytes, the same for all
     }
 
 
@@ -171,6 +190,10 @@ def load_optimizer_tensors(
     tensors: Mapping[str, torch.Tensor],
 ) -> None:
     """The inverse of `optimizer_tensors`."""
+    make_state = getattr(optimizer, "init_state", None)
+    if make_state is not None:
+        _fill_state(optimizer, make_state, parameters, tensors)
+        return
     for entry, value in tensors.items():
         name, key = entry.rsplit("|", 1)
         parameter = parameters[name]
@@ -180,3 +203,33 @@ def load_optimizer_tensors(
         else:
             state = value.to(parameter.device)
         optimizer.state[parameter][key] = state
+
+
+@torch.no_grad()
+def _fill_state(
+    optimizer: torch.optim.Optimizer,
+    make_state: Callable[..., None],
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Load the state of an optimizer of bitsandbytes, which makes its own buffers (a paged one is
+    no ordinary tensor) and counts steps with a plain number."""
+    saved: dict[str, dict[str, torch.Tensor]] = {}
+    for entry, value in tensors.items():
+        name, key = entry.rsplit("|", 1)
+        saved.setdefault(name, {})[key] = value
+    places = {
+        one: (group, index, place)
+        for index, group in enumerate(optimizer.param_groups)
+        for place, one in enumerate(group["params"])
+    }
+    for name, values in saved.items():
+        parameter = parameters[name]
+        group, index, place = places[parameter]
+        make_state(group, parameter, index, place)
+        state = optimizer.state[parameter]
+        for key, value in values.items():
+            if isinstance(state[key], torch.Tensor):
+                state[key].copy_(value)
+            else:
+                state[key] = value.item()

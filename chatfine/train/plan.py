@@ -10,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from chatfine.i18n import t
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 OVERHEAD_BYTES = {"cpu": 430e6, "cuda": 300e6, "mps": 300e6}
-"""What Python, torch and the context take before anything is loaded (CPU: resident memory)."""
+"""What Python and the libraries take before anything is loaded, beside a CUDA context (CPU:
+resident memory)."""
 HEAD_BLOCK_BYTES = 64 * 2**20
+EIGHT_BIT = ("adamw8bit", "paged-adamw8bit")
+"""Optimizers of bitsandbytes; the state of a paged one leaves the device when memory is short."""
 LONG_ROW_TOKENS, PIECE_TOKENS = 16384, 8192
 """From more tokens on, the MLPs of a row whose layers are recomputed go through pieces of so many
 (`model.chunked`): still large enough that a product keeps a card busy."""
@@ -81,21 +79,23 @@ class Work:
     layers: int  # how many of the last layers learn; 0 = all
     dtype_bytes: int
     device: str
-    checkpointing: bool
+    recompute_layers: int  # how many of the layers that learn keep their input only
     micro_tokens: int  # tokens of the largest micro-batch
     micro_labels: int
     longest: int  # longest document in tokens
     tokens: int  # tokens of the whole run
     labels: int
     keep: int = 2
+    offload: bool = False  # the inputs of those layers wait in the CPU's memory
     quantize: str = "none"  # how the frozen linears are stored
+    second_copy: bool = False  # with fp8: a transposed copy of them, for the backward pass
     virtual_tokens: int = 0  # what prefix and llama-adapter learn
     row_parameters: int = 0  # numbers in rows of embedding and head that learn
     sharing: int = 1  # processes that share the weights
     keep_gathered: bool = False  # gathered weights stay until the backward pass
-    offload: bool = False  # this process's slices wait in the CPU's memory
+    weights_offload: bool = False  # this process's slices wait in the CPU's memory
     learning_bytes: int = 4  # of a number that learns; its gradient has as many
-    moments_bytes: int = 8  # of its optimizer state
+    moments_bytes: float = 8  # of its optimizer state
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,7 @@ class Plan:
     disk_bytes: float
     flop: float
     trained_parameters: int
+    host_bytes: float = 0.0  # of the CPU's memory, beside a device's
 
     @property
     def memory_bytes(self) -> float:
@@ -148,11 +149,11 @@ def learning_parameters(
     return round((extra + adapters) * share)
 
 
-def packed_bytes(shapes: Shapes, storage: str) -> int:
-    """What the linears take as `model.frozen` stores them."""
+def packed_bytes(shapes: Shapes, storage: str, second_copy: bool = False) -> int:
+    """What the linears take as `model.frozen` stores them, with fp8 perhaps twice."""
 
     def a_row(into: int) -> int:
-        return into + 4 if storage == "int8" else -(-into // 64) * 36
+        return -(-into // 64) * 36 if storage.startswith("nf4") else into * (1 + second_copy) + 4
 
     return sum(out * a_row(into) * count for out, into, count in shapes.linears.values())
 
@@ -198,20 +199,53 @@ def _activations_a_token(shapes: Shapes, work: Work) -> float:
     return numbers * work.dtype_bytes
 
 
+def layers_reached(shapes: Shapes, work: Work) -> int:
+    """How many of the last layers the backward pass goes through, and so keep something for it."""
+    through_all = work.method == "full" or work.row_parameters > 0
+    return shapes.layers if through_all else work.layers or shapes.layers
+
+
+def _alive_layers(shapes: Shapes, work: Work) -> int:
+    """How many layers hold everything at the peak: those that keep it or, when these are done, the
+    one that computes it again (see `model.recompute`)."""
+    kept = layers_reached(shapes, work) - work.recompute_layers
+    return max(kept, 1 if work.recompute_layers else 0)
+
+
+def _waiting_inputs(work: Work) -> int:
+    """How many inputs of recomputed layers lie on the device: all, or one in use and one on its way
+    to the CPU's memory or back."""
+    away = work.offload and work.device == "cuda"
+    return min(work.recompute_layers, 2) if away else work.recompute_layers
+
+
+def moments_bytes(
+    optimizer: str, device: str = "cuda", pure_bf16: bool = False, kahan: bool = False
+) -> float:
+    """Bytes of optimizer state for each number that learns."""
+    if optimizer == "anyprecision":
+        return 6 if kahan else 4
+    if optimizer in EIGHT_BIT:
+        paged = optimizer.startswith("paged") and device == "cuda"
+        return 0 if paged else 2 + 8 / 256  # two bytes, and two scales for 256 numbers
+    return 4 if pure_bf16 else 8
+
+
 def piece_tokens(work: Work) -> int:
     """How many tokens of a row go through an MLP at once; 0 = all of them."""
-    return PIECE_TOKENS if work.checkpointing and work.micro_tokens > LONG_ROW_TOKENS else 0
+    return PIECE_TOKENS if work.recompute_layers and work.micro_tokens > LONG_ROW_TOKENS else 0
 
 
 def _spared_bytes(shapes: Shapes, work: Work) -> float:
-    """What pieces keep from being alive: of all tokens but one piece what is inside an MLP."""
+    """What pieces keep from being alive: of all tokens but one piece what is inside the MLPs."""
     piece = piece_tokens(work)
     if not piece or not {"gate_proj", "up_proj", "down_proj"} <= shapes.linears.keys():
         return 0.0
     outside = _activations_a_token(dataclasses.replace(shapes, intermediate=0), work)
     inside = _activations_a_token(shapes, work) - outside
     in_flight = 4 * shapes.intermediate * work.dtype_bytes
-    return (work.micro_tokens - piece) * (inside + in_flight)
+    whole = _alive_layers(shapes, work) * work.micro_tokens
+    return (whole - piece) * inside + (work.micro_tokens - piece) * in_flight
 
 
 def make_plan(shapes: Shapes, work: Work) -> Plan:
@@ -219,21 +253,16 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
     learning = trained_parameters(shapes, work)
     frozen = shapes.parameters - (learning if work.method in ("full", "freeze") else 0)
     a_token = _activations_a_token(shapes, work)
-    through_all = work.method == "full" or work.row_parameters > 0
-    active_layers = shapes.layers if through_all else work.layers or shapes.layers
-    if work.checkpointing:  # each layer keeps its input; one layer is alive in full
-        kept = shapes.hidden * work.dtype_bytes * active_layers + a_token
-    else:
-        kept = a_token * active_layers
+    an_input = shapes.hidden * work.dtype_bytes
+    kept = _waiting_inputs(work) * an_input + _alive_layers(shapes, work) * a_token
     transient = 4 * shapes.intermediate * work.dtype_bytes  # gradients in flight in one MLP
     block = min(HEAD_BLOCK_BYTES, 4 * shapes.vocab * work.micro_labels)
     states = 3 * work.micro_labels * shapes.hidden * 4
-    own = 0 if work.offload else 1 / work.sharing
+    own = 0 if work.weights_offload else 1 / work.sharing
     weights: float = frozen * work.dtype_bytes
-    if work.quantize != "none":  # one linear at a time is unpacked
-        largest = max((out * into for out, into, _ in shapes.linears.values()), default=0)
-        weights += packed_bytes(shapes, work.quantize)
-        weights += (largest - shapes.body_parameters) * work.dtype_bytes
+    if work.quantize != "none":
+        weights += packed_bytes(shapes, work.quantize, work.second_copy)
+        weights += _unpacked_bytes(shapes, work) - shapes.body_parameters * work.dtype_bytes
     masters = work.method in ("full", "freeze")
     state = work.learning_bytes + work.moments_bytes  # gradient and moments
     if masters:
@@ -251,7 +280,16 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
         disk_bytes=disk_bytes(learning, work.keep),
         flop=_flop(shapes, work),
         trained_parameters=learning,
+        host_bytes=(work.recompute_layers - _waiting_inputs(work)) * an_input * work.micro_tokens,
     )
+
+
+def _unpacked_bytes(shapes: Shapes, work: Work) -> float:
+    """One linear at a time is unpacked; of an fp8 one only a transposed copy is made."""
+    largest = max((out * into for out, into, _ in shapes.linears.values()), default=0)
+    if work.quantize == "fp8":
+        return 0.0 if work.second_copy else largest
+    return largest * work.dtype_bytes
 
 
 def _gathered_bytes(shapes: Shapes, work: Work) -> float:
@@ -273,7 +311,7 @@ def _flop(shapes: Shapes, work: Work) -> float:
     reached = shapes.layers if work.row_parameters else work.layers or shapes.layers
     share = reached / shapes.layers
     backward = {"full": 2.0, "freeze": 2 * share}.get(work.method, share)
-    passes = 1 + backward + (1 if work.checkpointing else 0)
+    passes = 1 + backward + work.recompute_layers / shapes.layers
     body = 2 * shapes.body_parameters * passes * work.tokens
     in_layers = trained_parameters(shapes, work) - work.row_parameters
     adapter = 6 * in_layers * work.tokens if work.method in ("lora", "dora") else 0
@@ -283,36 +321,20 @@ def _flop(shapes: Shapes, work: Work) -> float:
     return body + adapter + head + attention
 
 
-def remedies(
-    shapes: Shapes, work: Work, free_bytes: float, rows: int, accumulate: int = 1
-) -> list[str]:
-    """What to change so that the run fits, cheapest first; each one is checked against the plan."""
-    change = dataclasses.replace
-    options: list[tuple[Work, str]] = []
-    if not work.checkpointing:
-        options.append(
-            (change(work, checkpointing=True), t("--checkpointing full (about 30 % slower)"))
-        )
-    if rows > 1:
-        one = change(work, micro_tokens=max(work.longest, work.micro_tokens // rows),
-                   micro_labels=max(1, work.micro_labels // rows))  # fmt: skip
-        smaller = f"--batch-size 1 --accumulate {rows * accumulate}"
-        options.append((one, t("{flags} (same result)", flags=smaller)))
-        options.append((change(one, checkpointing=True), f"{smaller} --checkpointing full"))
-    if work.dtype_bytes == 4 and work.device != "cpu":
-        options.append((change(work, dtype_bytes=2), "--dtype bf16"))
-    if work.method not in ("full", "freeze") and work.quantize == "none":
-        options += [(change(work, quantize=name), f"--quantize {name}") for name in ("int8", "nf4")]
-    if work.method in ("full", "freeze"):
-        options.append((change(work, method="lora"), "--method lora"))
-    length = work.longest // 2
-    shorter = change(work, checkpointing=True, micro_tokens=length, longest=length,
-                   micro_labels=min(work.micro_labels, length))  # fmt: skip
-    options.append((shorter, f"--max-length {length} --batch-size 1 --checkpointing full"))
-    fitting = [
-        text
-        for option, text in options
-        if make_plan(shapes, option).memory_bytes <= free_bytes
-        and not (option.method == "prefix" and option.checkpointing)
-    ]
-    return fitting or [t("a smaller model, or a machine with more memory")]
+SMALL_BATCH_TOKENS, BATCH_TOKENS = 2048, 512
+"""A GPU works at its rate from so many tokens a micro-batch on; a smaller one costs, beside its
+tokens, as much as so many more: weights are read and operations launched for few products."""
+SINGLE_COPY, OFFLOADED = 1.03, 1.05
+"""Times as long: fp8 without its second copy, and with inputs that go to the CPU's memory."""
+
+
+def relative_time(shapes: Shapes, work: Work) -> float:
+    """How long the run takes, in a unit that two ways of doing the same run on the same device have
+    in common."""
+    time = _flop(shapes, work)
+    if work.device == "cuda" and work.micro_tokens < SMALL_BATCH_TOKENS:
+        full = 1 + BATCH_TOKENS / SMALL_BATCH_TOKENS
+        time *= (1 + BATCH_TOKENS / work.micro_tokens) / full
+    if work.quantize == "fp8" and not work.second_copy:
+        time *= SINGLE_COPY
+    return time * OFFLOADED if work.offload else time

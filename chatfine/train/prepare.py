@@ -86,23 +86,25 @@ class Prepared:
             return self.config.method
         return t("{method}, {n:,} new rows", method=self.config.method, n=len(self.rows))
 
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to fit: settings that matter, model, data."""
+    def fingerprint(self, quantize: str) -> dict[str, Any]:
+        """What must be equal for a checkpoint to fit: settings that matter, model, data, and how
+        the frozen weights are stored (`quantize`: what auto came to)."""
         values = self.config.model_dump(mode="json")
         maths = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
         maths |= {"model_digest": self.model.digest(), "data": self.data.report.fingerprint}
+        maths["quantize"] = quantize
         return maths | self._positions_fact
 
-    def facts(self) -> dict[str, Any]:
-        """What an adapter folder should know about itself (contract C5)."""
+    def facts(self, quantize: str) -> dict[str, Any]:
+        """What an adapter folder should know about itself (contract C5); `quantize` is how the
+        frozen weights were stored."""
         config = self.config
         return {
             "chatfine": __version__,
             "base": config.model,
             "base_digest": self.model.digest(),
             "method": config.method,
-            "quantize": config.quantize,
+            "quantize": quantize,
             "template": "model" if config.template == "model" else self.tokenizer.template,
             "tokenizer_digest": self.tokenizer.digest,
             "canaries": {text: self.tokenizer.encode_text(text) for text in CANARIES},
@@ -157,6 +159,7 @@ def prepare(config: TrainConfig) -> Prepared:
     check_method(
         config.method, model, quantize=config.quantize, packing=config.packing,
         checkpointing=config.checkpointing, layers=config.adapter_layers, adapter=config.adapter,
+        optimizer=config.optimizer,
     )  # fmt: skip
     tokenizer = ChatTokenizer.load(model.path, template=config.template)
     check_vocabulary(model, tokenizer.size)
@@ -250,13 +253,16 @@ def learning_layers(config: TrainConfig, model: ModelFolder) -> int:
     return config.freeze_layers if config.method == "freeze" else config.adapter_layers
 
 
+def shapes_of(model: ModelFolder) -> planning.Shapes:
+    """The numbers of `model` that a plan needs."""
+    tensors = {name: info.shape for name, info in model.tensors.items()}
+    return planning.Shapes.of(model.text_config, tensors, model.parameters)
+
+
 def needed_disk_bytes(prepared: Prepared) -> float:
     """What checkpoints and result will take, known from the shapes in the files alone."""
     model, config = prepared.model, prepared.config
-    shapes = planning.Shapes.of(
-        model.text_config, {name: one.shape for name, one in model.tensors.items()},
-        model.parameters,
-    )  # fmt: skip
+    shapes = shapes_of(model)
     learning = planning.learning_parameters(
         shapes, config.method, config.rank, planning.targets_of(config.targets),
         learning_layers(config, model), config.learned_tokens,

@@ -10,14 +10,14 @@ import torch
 
 from chatfine import console
 from chatfine.data.batches import Batches, in_order
-from chatfine.errors import ModelError, ResourceError
+from chatfine.errors import ModelError
 from chatfine.evaluate.loss import LossResult, evaluate_loss
 from chatfine.hub.folder import resolve_source
 from chatfine.i18n import t
-from chatfine.model import adapters, chunked, documents, fast, learned_rows
+from chatfine.model import adapters, chunked, documents, fast, frozen, learned_rows, recompute
 from chatfine.model.load import load_model
 from chatfine.runtime import pick_device, set_seed
-from chatfine.train import forecast, machine
+from chatfine.train import forecast, machine, steps
 from chatfine.train import plan as planning
 from chatfine.train.checkpoint import Checkpoint, CheckpointStore
 from chatfine.train.decisions import check_sharing, decide, work_of
@@ -32,7 +32,8 @@ from chatfine.train.optim import (
     optimizer_tensors,
     warmup_steps,
 )
-from chatfine.train.prepare import Prepared, learning_layers, require_same
+from chatfine.train.prepare import Prepared, learning_layers, require_same, shapes_of
+from chatfine.train.remedies import out_of_memory, remedies
 from chatfine.train.rng import rng_tensors, set_rng_tensors
 from chatfine.train.rows import first_steps
 from chatfine.train.sharded import Sharing, load_sharded
@@ -49,12 +50,8 @@ class Session:
         config = self.config = prepared.config
         set_seed(config.seed, config.deterministic)  # before a GPU library reads its settings
         self.device = pick_device(config.device)
-        shapes = planning.Shapes.of(
-            prepared.model.text_config,
-            {name: info.shape for name, info in prepared.model.tensors.items()},
-            prepared.model.parameters,
-        )
-        self.shapes = shapes
+        machine.cap_memory(self.device, config.gpu_memory)
+        shapes = self.shapes = shapes_of(prepared.model)
         self.decisions = group.first(lambda: decide(prepared, shapes, self.device, group.size))
         decisions = self.decisions
         check_sharing(prepared, decisions)
@@ -94,8 +91,9 @@ class Session:
         if self.group.rank == 0:
             self.store.clear_staging()
         self.model = self._load_sharded() if self.sharded else self._load()
-        if decisions.checkpointing:
-            fast.causal_model(self.model).gradient_checkpointing_enable({"use_reentrant": False})
+        if decisions.recompute_layers:
+            causal = fast.causal_model(self.model)
+            recompute.install(causal, decisions.recompute_layers, decisions.offload)
             chunked.install(self.model, planning.piece_tokens(work_of(self.prepared, decisions)))
         self.parameters = adapters.trained_parameters(self.model)
         self.group.spread(self.parameters.values())
@@ -117,10 +115,14 @@ class Session:
 
     def _load(self) -> Any:
         path, dtype = self.prepared.model.path, self.decisions.torch_dtype
-        model = load_model(path, dtype, self.device, self.config.quantize, self.prepared.positions)
+        model = load_model(
+            path, dtype, self.device, self.decisions.quantize, self.prepared.positions
+        )
         documents.check(model)
+        if self.decisions.second_copy:
+            frozen.keep_turned(model)
         model = self._attach(model)
-        self.measure = fast.LossModel(model)
+        self.measure = steps.loss_model(model, self.prepared, self.decisions, self.shapes)
         return model
 
     def _load_sharded(self) -> Any:
@@ -132,7 +134,7 @@ class Session:
             products=dtype if self._masters and dtype != torch.float32 else None,
         )  # fmt: skip
         self.measure = load_sharded(
-            self.prepared.model.path, dtype, config.quantize,
+            self.prepared.model.path, dtype, self.decisions.quantize,
             self._attach if whole_model else lambda model: model.requires_grad_(False), sharing,
             self.prepared.positions,
         )  # fmt: skip
@@ -175,7 +177,9 @@ class Session:
             console.warn(t("checkpoint {name} is skipped: {fault}", name=name, fault=fault))
         length = 0
         if newest is not None:
-            require_same(newest.state["fingerprint"], self.prepared.fingerprint)
+            require_same(
+                newest.state["fingerprint"], self.prepared.fingerprint(self.decisions.quantize)
+            )
             self._load_weights(newest)
             moments = newest.tensors("optimizer", self._rows_here)
             load_optimizer_tensors(self.optimizer, self.parameters, moments)
@@ -250,25 +254,20 @@ class Session:
 
         Out-of-memory shows here, in the first seconds, and not at the longest batch hours later.
         """
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not self.decisions.compile:
             return
         state = rng_tensors(self.device)
         try:
             batch = self.batches.longest().to(self.device)
-            self.measure.train()
-            with self.precision.context():
-                loss = self.measure(batch) / max(1, batch.supervised)
-            loss.backward()  # type: ignore[no-untyped-call]
+            steps.try_out(self.measure, batch, self.precision.context)
         except torch.OutOfMemoryError as error:
             work = work_of(self.prepared, self.decisions)
-            free = machine.free_memory_bytes(self.device)
-            raise ResourceError(
-                "out-of-memory",
+            free = machine.free_memory_bytes(self.device, self.config.gpu_memory)
+            raise out_of_memory(
                 t("the longest batch ({n} tokens) does not fit into the device's memory",
                   n=self.batches.longest().tokens),
+                remedies(self.shapes, work, free, self.decisions.rows, self.decisions.accumulate),
                 why=str(error).splitlines()[0],
-                fix=planning.remedies(self.shapes, work, free, self.decisions.rows,
-                                      self.decisions.accumulate),
             ) from None  # fmt: skip
         finally:
             self.optimizer.zero_grad(set_to_none=True)
@@ -298,7 +297,7 @@ class Session:
             "progress": progress.as_dict(),
             "log_bytes": self.log.sync(),
             "scaler": self.precision.scaler.state_dict(),
-            "fingerprint": self.prepared.fingerprint,
+            "fingerprint": self.prepared.fingerprint(self.decisions.quantize),
         }
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
             "weights": dict(self.parameters),
@@ -328,7 +327,7 @@ class Session:
 
         All processes ask for it, since the weights are gathered here; the first one calls it.
         """
-        facts, positions = self.prepared.facts(), self.prepared.positions
+        facts, positions = self.prepared.facts(self.decisions.quantize), self.prepared.positions
         if self.output_name == "adapter":
             return lambda folder: adapters.save_adapter(self.model, folder, facts)
         stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -12,6 +12,7 @@ import pytest
 
 from chatfine import console
 from chatfine.cli import main
+from chatfine.commands import advise
 from chatfine.commands.expand import expand
 from chatfine.config import ExpandConfig
 from chatfine.errors import ModelError, UsageError
@@ -155,15 +156,36 @@ def test_advice(tiny: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) ->
         assert words in result["prose"]
 
 
+def test_little_text_is_advised_against(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pieces would suit the text and are shown often; still it says no, why, and what for."""
+    corpus, output = tmp_path / "corpus.txt", tmp_path / "x"
+    corpus.write_text("\n\n".join(CHINESE * 400), encoding="utf-8")
+    words = ("-m", tiny, "--corpus", corpus)
+    result = run(capsys, *words, "--size", 20, "--advise")
+    assert (result["advice"], result["fits"]) == (0, 20)
+    for said in ("2.7 million", "30 million", "5 to 7 %", "--size 20"):
+        assert said in " ".join(result["prose"].split())
+    warned = run(capsys, *words, "--size", 20, "-o", output)
+    assert "the advice is against it" in warned["prose"]
+    assert (output / "new_pieces.json").is_file()
+
+
+def test_the_advice_reads_enough_text_to_say_yes() -> None:
+    assert advise.MOST_CHARACTERS > advise.MIN_TEXT
+
+
 def test_advice_against_growing_ends_the_command(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "english.txt"
     path.write_text("\n\n".join(f"Line {n} of an English text." for n in range(90)), "utf-8")
     output = tmp_path / "x"
-    refused = run(capsys, "-m", tiny, "--corpus", path, "-o", output, code=2)
-    assert refused["error"] == "expanding-does-not-pay"
-    assert not output.exists()
+    for size in ((), ("--size", 0)):
+        refused = run(capsys, "-m", tiny, "--corpus", path, *size, "-o", output, code=2)
+        assert refused["error"] == "expanding-does-not-pay"
+        assert not output.exists()
 
 
 def test_control_tokens_in_the_corpus_are_refused_or_left_out(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from chatfine.data.batches import collate
-from chatfine.model import adapters, chunked, fast
+from chatfine.model import adapters, chunked, fast, recompute
 from chatfine.model.load import load_model
 from chatfine.types import Batch, Example
 
@@ -29,7 +29,7 @@ def model_of(path: Path, method: str, dtype: torch.dtype, recomputed: bool, **op
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     if recomputed:
-        fast.causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        recompute.install(fast.causal_model(model), 99)
     return model.train()
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatfine.data.batches import collate
 from chatfine.errors import ModelError, ResourceError
-from chatfine.model import adapters, attention, fast, lora, storages
+from chatfine.model import adapters, attention, fast, lora, recompute, storages
 from chatfine.model.frozen import FrozenLinear, frozen_linears
 from chatfine.model.load import load_model, pack_linears, packed_names
 from chatfine.model.storages import STORAGES
@@ -107,7 +107,9 @@ def test_what_is_stored_is_as_small_as_the_plan_says(tiny: Path, storage: str) -
     model = load_model(tiny, torch.float32, quantize=storage)
     stored = sum(layer.stored_bytes for layer in frozen_linears(model))
     assert stored == planning.packed_bytes(shapes, storage)
-    assert stored < shapes.body_parameters * (1.1 if storage == "int8" else 0.76)  # rows of 160
+    assert stored < shapes.body_parameters * (
+        1.1 if storage in ("int8", "fp8") else 0.76
+    )  # rows of 160
     assert adapters.count_parameters(model)[1] == folder.parameters
 
 
@@ -234,7 +236,7 @@ def test_one_fused_layer_in_float64_agrees_in_output_and_all_gradients() -> None
 def test_recomputed_activations_give_the_same_gradients(tiny: Path, storage: str) -> None:
     model = adapted(tiny, storage).train()
     plain = loss_and_gradients(model)
-    fast.causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+    recompute.install(fast.causal_model(model), 99)
     again = loss_and_gradients(model)
     assert plain[0] == again[0]
     assert all(torch.equal(grad, again[1][name]) for name, grad in plain[1].items())

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chatfine.data.batches import collate
 from chatfine.errors import ModelError, UsageError
-from chatfine.model import adapters, cross_entropy, fast, learned_rows
+from chatfine.model import adapters, cross_entropy, fast, learned_rows, recompute
 from chatfine.model.generate import generate
 from chatfine.model.load import load_model
 from chatfine.model.rows import grow
@@ -105,7 +105,7 @@ def test_logits_are_those_of_peft_bit_by_bit_in_bf16(grown: Grown) -> None:
 def test_recomputing_changes_no_gradient_and_none_is_zero(grown: Grown, method: str) -> None:
     model = shaken(attached(grown, method))
     _, plain = loss_and_gradients(model, batch(grown[1]))
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    recompute.install(model.get_base_model(), 99)
     _, again = loss_and_gradients(model, batch(grown[1]))
     for name, gradient in plain.items():
         assert torch.equal(gradient, again[name])

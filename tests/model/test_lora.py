@@ -11,6 +11,7 @@ from torch import nn
 
 from chatfine.data.batches import collate
 from chatfine.model import adapters, fast, lora
+from chatfine.model.frozen import FrozenLinear
 from chatfine.model.load import load_model
 from chatfine.types import Batch, Example
 
@@ -123,14 +124,28 @@ def test_what_is_not_plain_keeps_the_forward_of_peft(tiny: Path, options: Any) -
     assert all(grad.abs().max() > 0 for grad in grads.values())
 
 
-def test_a_linear_with_a_bias_keeps_the_forward_of_peft() -> None:
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_a_linear_with_a_bias_is_fused_and_agrees_with_peft(storage: str | None) -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False)),
-        LoraConfig(r=2, target_modules=["0", "1"]),
-    )
-    assert lora.install(model) == 1
+    torch.manual_seed(0)
+    linears = [nn.Linear(12, 20), nn.Linear(20, 4, bias=False)]
+    if storage:
+        linears = [FrozenLinear.of(one, storage) for one in linears]
+    config = LoraConfig(r=2, target_modules=["0", "1"])
+    model = get_peft_model(nn.Sequential(*linears), config)
+    for parameter in adapters.trained_parameters(model).values():
+        nn.init.normal_(parameter)
+    x = torch.randn(5, 12, requires_grad=True)
+    inputs = (x, *adapters.trained_parameters(model).values())
+    results = []
+    for install in (False, True):
+        if install:
+            assert lora.install(model) == 2
+        y = model(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for slow, quick in zip(*results, strict=True):
+        torch.testing.assert_close(quick, slow, atol=1e-4, rtol=1e-4)
 
 
 def test_dropout_acts_in_training_only(tiny: Path) -> None:

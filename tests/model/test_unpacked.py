@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from chatfine.data.batches import collate
 from chatfine.errors import ModelError, UsageError
 from chatfine.evaluate.loss import evaluate_loss
-from chatfine.model import adapters, fast, unpacked
+from chatfine.model import adapters, fast, recompute, unpacked
 from chatfine.model.generate import Sampling, generate, position_limit
 from chatfine.model.load import load_model
 from chatfine.types import Example
@@ -124,7 +124,7 @@ def test_a_base_in_16_bits_computes_nearly_the_same(tiny: Path, method: str) -> 
 def test_recomputed_activations_give_llama_adapter_the_same_gradients(tiny: Path) -> None:
     model = learned(tiny, "llama-adapter").train()
     plain = gradients(model, fast.loss_sum(model, collate(ROWS)))
-    fast.causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+    recompute.install(fast.causal_model(model), 99)
     assert largest_gap(gradients(model, fast.loss_sum(model, collate(ROWS))), plain) < 1e-6
 
 

@@ -11,7 +11,7 @@ from growing import check_folder, new_pieces
 
 from chatfine.errors import TokenizerError
 from chatfine.tokenizer import advice
-from chatfine.tokenizer.advice import Measure, judge
+from chatfine.tokenizer.advice import Measure, Verdict, judge
 from chatfine.tokenizer.expand import fill, unreachable, unused
 from chatfine.tokenizer.grow_files import grown, write_grown
 from chatfine.tokenizer.growable import Growable
@@ -183,15 +183,19 @@ RARE, OFTEN = advice.MIN_SHOWN - 1, advice.MIN_SHOWN
         ([at(1000, 1.2, OFTEN)], (0, "gains-little")),
         ([], (0, "gains-little")),
         ([at(1000, 1.3, RARE)], (0, "shown-too-rarely")),
-        ([at(1000, 1.3, OFTEN)], (1000, "pays")),
-        ([at(1000, 1.2, OFTEN), at(4000, 1.5, OFTEN)], (4000, "pays")),
-        ([at(1000, 1.5, OFTEN), at(4000, 1.55, OFTEN)], (1000, "pays")),
-        ([at(1000, 1.5, OFTEN), at(4000, 1.9, RARE)], (1000, "pays")),
+        ([at(1000, 1.3, OFTEN)], (1000, "may-pay")),
+        ([at(1000, 1.2, OFTEN), at(4000, 1.5, OFTEN)], (4000, "may-pay")),
+        ([at(1000, 1.5, OFTEN), at(4000, 1.55, OFTEN)], (1000, "may-pay")),
+        ([at(1000, 1.5, OFTEN), at(4000, 1.9, RARE)], (1000, "may-pay")),
     ],
 )
 def test_the_rule(sizes: list[Measure], expected: tuple[int, str]) -> None:
-    verdict = judge(NOW, sizes)
-    assert (verdict.size, verdict.cause) == expected
+    """With less text than the limit the same size is named, but not advised."""
+    size, cause = expected
+    assert judge(NOW, sizes, advice.MIN_TEXT) == Verdict(size, cause, size)
+    against = "too-little-text" if size else cause
+    for characters in (advice.MEASURED_TEXT, advice.MIN_TEXT - 1):
+        assert judge(NOW, sizes, characters) == Verdict(0, against, size)
 
 
 def test_measures(llama2_base: Growable, dialogues: list[str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from chatfine.data.batches import Batches
 from chatfine.data.examples import Examples
 from chatfine.errors import Stopped
-from chatfine.model import adapters, fast
+from chatfine.model import adapters, fast, recompute
 from chatfine.model.load import load_model
 from chatfine.train.distributed import Group
 from chatfine.train.loop import Precision, Progress, Trainer
@@ -130,7 +130,7 @@ def test_recomputed_activations_give_the_same_gradients_and_none_is_zero(
     model = model_for(tiny, method)
     plain_loss, plain = one_step(model, batches)
     calls: list[int] = []
-    fast.causal_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+    recompute.install(fast.causal_model(model), 99)
     mlp = fast.causal_model(model).model.layers[1].mlp
     mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     loss, gradients = one_step(model, batches)

@@ -231,7 +231,7 @@ def seven_b(**changes: Any) -> planning.Plan:
     shapes = planning.Shapes.of(config, tensors, 6_738_415_616)
     work = planning.Work(
         method="lora", rank=8, targets=("q_proj", "v_proj"), layers=0, dtype_bytes=2,
-        device="cuda", checkpointing=True, micro_tokens=2048, micro_labels=2048, longest=2048,
+        device="cuda", recompute_layers=32, micro_tokens=2048, micro_labels=2048, longest=2048,
         tokens=10**6, labels=10**6,
     )  # fmt: skip
     return planning.make_plan(shapes, dataclasses.replace(work, **changes))
@@ -259,7 +259,7 @@ def test_auto_never_chooses_what_a_prefix_can_not_do(configure: Configure) -> No
     config = configure(method="prefix", batch_size=0)
     settings = config.model_dump(mode="json") | {"gpu_memory": 1000}
     found = plan(PlanConfig.read(settings))
-    assert (found["packing"], found["checkpointing"]) == (False, False)
+    assert (found["packing"], found["recompute_layers"]) == (False, 0)
     tight = config.model_dump(mode="json") | {"gpu_memory": 0.1}
     with pytest.raises(ResourceError) as caught:
         plan(PlanConfig.read(tight))

@@ -191,3 +191,61 @@ def test_bf16_states_go_on_after_a_restart() -> None:
         one.grad = torch.full((8, 8), 0.5, dtype=torch.bfloat16)
         optim.step()
     assert torch.equal(weight, again)
+
+
+# -- 8-bit states ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "paged-adamw8bit"])
+@pytest.mark.parametrize(("dtype", "more"), [(torch.float32, 0.01), (torch.bfloat16, 0.03)])
+def test_8_bit_moments_learn_what_float32_moments_learn(
+    kind: str, dtype: torch.dtype, more: float
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert fit(kind, dtype) < fit("adamw", dtype) + more
+
+
+def test_8_bit_states_go_on_after_a_restart(device: torch.device) -> None:
+    """Matrices of 8-bit moments, and a small one of float32 moments; plain and paged."""
+    pytest.importorskip("bitsandbytes")
+    for kind in ("adamw8bit", "paged-adamw8bit"):
+        torch.manual_seed(0)
+        weights = {"large": nn.Parameter(torch.randn(400, 300, device=device)),
+                   "small": nn.Parameter(torch.randn(5, 7, device=device))}  # fmt: skip
+        gradients = [{n: torch.randn_like(p) for n, p in weights.items()} for _ in range(4)]
+
+        def steps(
+            values: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+            some: list[dict[str, torch.Tensor]],
+        ) -> None:  # fmt: skip
+            for gradient in some:
+                for name, parameter in values.items():
+                    parameter.grad = gradient[name].clone()
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-2
+                optimizer.step()
+
+        optimizer = make_optimizer(weights, 0.1, device, kind)
+        steps(weights, optimizer, gradients[:2])
+        tensors = optimizer_tensors(optimizer, weights)
+        assert tensors["large|state1"].dtype == torch.uint8
+        assert tensors["small|state1"].dtype == torch.float32
+        assert tensors["large|step"].item() == 2
+        saved = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        again = {name: nn.Parameter(value.detach().clone()) for name, value in weights.items()}
+        other = make_optimizer(again, 0.1, device, kind)
+        load_optimizer_tensors(other, again, saved)
+        steps(weights, optimizer, gradients[2:])
+        steps(again, other, gradients[2:])
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+        fresh = {name: nn.Parameter(p.detach().clone()) for name, p in again.items()}
+        steps(fresh, make_optimizer(fresh, 0.1, device, kind), gradients[:1])
+        steps(again, other, gradients[:1])
+        assert not torch.equal(fresh["large"], again["large"]), "its state matters"
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
+    return torch.device(request.param)

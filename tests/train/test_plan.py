@@ -20,8 +20,9 @@ from chatfine.model.load import load_model
 from chatfine.train import machine
 from chatfine.train import plan as planning
 from chatfine.train.decisions import decide, work_of
-from chatfine.train.plan import Shapes, Work, make_plan, remedies
+from chatfine.train.plan import Shapes, Work, make_plan
 from chatfine.train.prepare import prepare
+from chatfine.train.remedies import remedies
 
 Configure = Callable[..., TrainConfig]
 
@@ -34,7 +35,7 @@ LLAMA_8B = Shapes(
 )  # fmt: skip
 WORK = Work(
     method="lora", rank=8, targets=(), layers=0, dtype_bytes=2, device="cuda",
-    checkpointing=False, micro_tokens=4096, micro_labels=2000, longest=2048, tokens=10**6,
+    recompute_layers=0, micro_tokens=4096, micro_labels=2000, longest=2048, tokens=10**6,
     labels=5 * 10**5,
 )  # fmt: skip
 
@@ -50,7 +51,7 @@ def memory(**changes: Any) -> float:
         ("micro_labels", [16, 512, 2000, 8192]),
         ("rank", [1, 8, 64, 256]),
         ("dtype_bytes", [2, 4]),
-        ("checkpointing", [True, False]),
+        ("recompute_layers", [31, 16, 8, 1, 0]),
         ("method", ["lora", "dora"]),
         ("method", ["freeze", "full"]),
         ("layers", [2, 8, 32]),
@@ -74,8 +75,8 @@ def test_orders_of_magnitude_of_a_known_model() -> None:
     plan = make_plan(LLAMA_8B, WORK)
     assert plan.trained_parameters == 20_971_520  # the known number for rank 8 on all linears
     assert 16e9 < plan.weights_bytes < 16.2e9
-    assert 18e9 < memory(checkpointing=True) < 24e9
-    assert memory(method="full", checkpointing=True) > 16 * 8e9
+    assert 18e9 < memory(recompute_layers=32) < 24e9
+    assert memory(method="full", recompute_layers=32) > 16 * 8e9
     flop = plan.flop / WORK.tokens / LLAMA_8B.parameters
     assert 3.5 < flop < 6  # forward and one of two backward products: 2 + 2, and the rest
 
@@ -132,7 +133,9 @@ def test_each_remedy_fits(free_gb: int) -> None:
             assert "--accumulate 24" in text
             changed = dataclasses.replace(changed, micro_tokens=2048, micro_labels=1000)
         if "--checkpointing full" in text:
-            changed = dataclasses.replace(changed, checkpointing=True)
+            changed = dataclasses.replace(changed, recompute_layers=32)
+        if "--checkpointing offload" in text:
+            changed = dataclasses.replace(changed, recompute_layers=32, offload=True)
         if length := re.search(r"--max-length (\d+)", text):
             n = int(length[1])
             changed = dataclasses.replace(changed, micro_tokens=n, longest=n, micro_labels=n)
@@ -166,18 +169,18 @@ def test_auto_takes_smaller_micro_batches_before_recomputation(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared, wanted = decide_with(configure, tmp_path, 1e15, monkeypatch, batch_size=0)
-    assert (wanted.rows, wanted.accumulate, wanted.checkpointing) == (8, 1, False)
+    assert (wanted.rows, wanted.accumulate, wanted.recompute_layers) == (8, 1, 0)
 
     def need(**changes: Any) -> float:
         option = dataclasses.replace(wanted, **changes)
         return make_plan(BIG, work_of(prepared, option)).memory_bytes
 
-    cases = [(need(rows=2, accumulate=4), (2, 4, False)),
-             (need(rows=1, accumulate=8, checkpointing=True), (1, 8, True))]  # fmt: skip
+    cases = [(need(rows=2, accumulate=4), (2, 4, 0)),
+             (need(rows=1, accumulate=8, recompute_layers=2), (1, 8, 2))]  # fmt: skip
     for free, chosen in cases:
         (prepared.run / "decisions.json").unlink()
         _, found = decide_with(configure, tmp_path, free + 1, monkeypatch, batch_size=0)
-        assert (found.rows, found.accumulate, found.checkpointing) == chosen
+        assert (found.rows, found.accumulate, found.recompute_layers) == chosen
         assert found.rows * found.accumulate == 8
 
 
@@ -232,7 +235,7 @@ def test_a_share_of_the_weights_takes_a_share_of_the_memory() -> None:
     assert four.weights_bytes < alone.weights_bytes / 2, "two layers and the embedding are gathered"
     kept = make_plan(LLAMA_8B, replace(full, sharing=4, keep_gathered=True))
     assert kept.weights_bytes > four.weights_bytes
-    assert make_plan(LLAMA_8B, replace(full, sharing=4, offload=True)).training_bytes == 0
+    assert make_plan(LLAMA_8B, replace(full, sharing=4, weights_offload=True)).training_bytes == 0
     small = replace(full, learning_bytes=2, moments_bytes=4)
     assert make_plan(LLAMA_8B, small).training_bytes == alone.training_bytes / 2
 
@@ -242,7 +245,7 @@ def test_a_long_row_takes_the_memory_of_a_piece_of_it() -> None:
     limit = planning.LONG_ROW_TOKENS
 
     def activations(tokens: int, **changes: Any) -> float:
-        work = dataclasses.replace(WORK, checkpointing=True, micro_tokens=tokens, **changes)
+        work = dataclasses.replace(WORK, recompute_layers=32, micro_tokens=tokens, **changes)
         return make_plan(LLAMA_8B, work).activation_bytes
 
     short = activations(limit) - activations(limit - 1)
@@ -254,5 +257,5 @@ def test_a_long_row_takes_the_memory_of_a_piece_of_it() -> None:
     work = dataclasses.replace(WORK, micro_tokens=4 * limit)
     assert planning.piece_tokens(work) == 0, "without recomputation the row is whole"
     bare = dataclasses.replace(LLAMA_8B, linears={"c_fc": (14336, 4096, 32)})
-    whole = make_plan(bare, dataclasses.replace(work, checkpointing=True)).activation_bytes
+    whole = make_plan(bare, dataclasses.replace(work, recompute_layers=32)).activation_bytes
     assert whole > activations(4 * limit), "an MLP of another build is not cut"

@@ -106,13 +106,13 @@ def test_words_are_not_taken_for_folders_of_that_name(
 def test_the_fingerprint_leaves_out_what_does_not_enter_the_maths(
     configure: Configure, tmp_path: Path
 ) -> None:
-    one = prepare(configure()).fingerprint
+    one = prepare(configure()).fingerprint("none")
     same = prepare(
         configure(output=str(tmp_path / "x"), keep=5, save_every=7, overwrite=True,
                   track=["wandb"], gpu_memory=3)
-    ).fingerprint  # fmt: skip
+    ).fingerprint("none")  # fmt: skip
     require_same(json.loads(json.dumps(one)), same)
-    other = prepare(configure(learning_rate=0.5, clip=0.3)).fingerprint
+    other = prepare(configure(learning_rate=0.5, clip=0.3)).fingerprint("none")
     with pytest.raises(UsageError) as caught:
         require_same(one, other)
     assert caught.value.what.splitlines()[1:] == ["learning_rate: 0.01 → 0.5", "clip: 1.0 → 0.3"]
@@ -124,9 +124,9 @@ def test_another_model_in_the_same_place_is_noticed(
     from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(tiny, tmp_path / "m"))
-    one = prepare(configure(model=str(folder))).fingerprint
+    one = prepare(configure(model=str(folder))).fingerprint("none")
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 1  # the digest reads headers and both ends of each file
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="model_digest"):
-        require_same(one, prepare(configure(model=str(folder))).fingerprint)
+        require_same(one, prepare(configure(model=str(folder))).fingerprint("none"))

@@ -62,6 +62,7 @@ def assert_same_run(one: Path, other: Path, metrics: Metrics) -> None:
     {"dtype": "fp16", "save_every": 1},
     {"checkpointing": "full", "dropout": 0.1, "save_every": 1, "packing": "on", "max_length": 128,
      "batch_size": 1},
+    {"checkpointing": "1", "optimizer": "adamw8bit", "rank": 64, "save_every": 2},
 ])  # fmt: skip
 def test_killed_and_resumed_is_the_same_run(
     configure: Configure, metrics: Metrics, tmp_path: Path, options: dict[str, Any]

@@ -1,0 +1,94 @@
+"""How a run's micro-batches are computed: as they come, compiled, or replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chatfine import console
+from chatfine.i18n import t
+from chatfine.model import compiled, fast, graphs
+from chatfine.types import Batch
+
+if TYPE_CHECKING:
+    from chatfine.train.decisions import Decisions
+    from chatfine.train.plan import Shapes
+    from chatfine.train.prepare import Prepared
+
+BLOCK = 128
+"""The longest document is rounded up to so many tokens: attention works in blocks of them."""
+LAUNCH_BOUND = 1.6e12
+"""Floating-point operations of a layer's part of a micro-batch, forward and back, below which an
+H100 waits for its launches: 4 ms at 400 TFLOP/s."""
+CUDNN_HEAD = 128
+"""The largest head that cuDNN's attention takes."""
+
+
+def loss_model(
+    model: Any, prepared: Prepared, decisions: Decisions, shapes: Shapes
+) -> fast.LossModel:
+    """What measures the loss of a micro-batch of this run, and learns from it."""
+    if not decisions.compile or not compiled.supports(model):
+        return fast.LossModel(model)
+    tokens = prepared.max_length * decisions.rows
+    lengths = [part.lengths for part in prepared.data.train]
+    longest = max(int(some.max()) for some in lengths)
+    full = longest == prepared.max_length and all(int(some.min()) == longest for some in lengths)
+    size = min(prepared.max_length, -(-longest // BLOCK) * BLOCK)
+    kind = graphs.GraphedLoss if _replays(prepared, decisions, shapes) else compiled.CompiledLoss
+    return kind(model, tokens, size, full and _takes_full_rows(model))
+
+
+def try_out(
+    measure: fast.LossModel, batch: Batch, context: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """A micro-batch forward and back. A compiler that fails on this machine is done without.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
+    """
+
+    def once() -> None:
+        measure.train()
+        with context():
+            loss = measure(batch) / max(1, batch.supervised)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    if not isinstance(measure, compiled.CompiledLoss):
+        once()
+        return
+    try:
+        once()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler raises anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        console.warn(t("the layers could not be compiled here; the run goes on without, more "
+                       "slowly ({reason})", reason=reason))  # fmt: skip
+        measure.give_up()
+        once()
+
+
+def _replays(prepared: Prepared, decisions: Decisions, shapes: Shapes) -> bool:
+    """Whether launching would take longer than computing, and nothing stands against replaying."""
+    config = prepared.config
+    if decisions.device != "cuda" or decisions.processes > 1 or decisions.recompute_layers:
+        return False
+    if config.rows_first or decisions.dtype == "float16":
+        return False
+    numbers = shapes.body_parameters / shapes.layers
+    return 6 * numbers * prepared.max_length * decisions.rows < LAUNCH_BOUND
+
+
+def _takes_full_rows(model: Any) -> bool:
+    """Whether cuDNN's attention, measured on Hopper cards, takes this model's heads."""
+    causal = fast.causal_model(model)
+    settings = causal.config.get_text_config()
+    heads = settings.num_attention_heads
+    size = getattr(settings, "head_dim", None) or settings.hidden_size // heads
+    if causal.device.type != "cuda" or size > CUDNN_HEAD or size % 8:
+        return False
+    return torch.cuda.get_device_capability(causal.device) >= (9, 0)

@@ -1,0 +1,294 @@
+"""Compiled decoder layers and micro-batches of fixed shapes, against layers as they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from chatfine.data.batches import collate
+from chatfine.model import adapters, attention, cross_entropy, lora, storages
+from chatfine.model.compiled import MIN_DOCUMENTS, CompiledLoss, FixedInputs, supports
+from chatfine.model.fast import LossModel
+from chatfine.model.frozen import FrozenLinear, linears_to_freeze
+from chatfine.model.graphs import WARM_RUNS, GraphedLoss
+from chatfine.types import IGNORE_INDEX, Batch, Example
+
+TOKENS, LONGEST = 64, 32
+
+
+@pytest.fixture
+def rounds_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply 8-bit floats on a CPU too, by the twin of the card's product."""
+    for module in (storages, lora):
+        monkeypatch.setattr(module, "multiplies_fp8", lambda x, out, size: not (out | size) % 16)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the compiler."""
+    monkeypatch.setattr(nn.Module, "compile", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        cross_entropy, "_compiled_gradient", lambda: cross_entropy._softmax_gradient
+    )
+
+
+def build(storage: str | None = None, b: float = 0.1) -> Any:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
+        )
+    )  # fmt: skip
+    attention.install(model)
+    for name, layer in linears_to_freeze(model).items() if storage else ():
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, FrozenLinear.of(layer, storage))
+    model = adapters.attach(model, "lora", rank=4)
+    for name, parameter in adapters.trained_parameters(model).items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=b)
+    return model
+
+
+def batch_of(*lengths: int) -> Batch:
+    drawn = torch.Generator().manual_seed(sum(lengths))
+    rows = [torch.randint(3, 96, (length,), generator=drawn).tolist() for length in lengths]
+    return collate([Example(row, [i > 1 for i in range(len(row))]) for row in rows])
+
+
+def learned(model: Any) -> dict[str, torch.Tensor]:
+    return {name: one.grad for name, one in adapters.trained_parameters(model).items()}
+
+
+def agree(ours: LossModel, plain: LossModel, batch: Batch, tolerance: float) -> None:
+    """One micro-batch through both: its loss and all gradients."""
+    losses = []
+    for one in (ours, plain):
+        one.model.zero_grad()
+        losses.append(one.accumulate(batch, 50).item())
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance)
+    wanted = learned(plain.model)
+    for name, grad in learned(ours.model).items():
+        assert ((grad - wanted[name]).norm() / wanted[name].norm()).item() < tolerance, name
+
+
+# -- fixed shapes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [(20, 30), (32, 32), (1,), (5, 6, 7, 8, 9, 10), (2,) * 9])
+def test_every_micro_batch_fills_the_same_shapes(lengths: tuple[int, ...]) -> None:
+    fixed = FixedInputs(TOKENS, LONGEST)
+    batch = batch_of(*lengths)
+    inputs = fixed(batch)
+    size = sum(lengths)
+    assert inputs["input_ids"].shape == inputs["position_ids"].shape == (1, TOKENS)
+    assert torch.equal(inputs["input_ids"][0, :size], batch.ids)
+    assert not inputs["input_ids"][0, size:].any()
+    assert torch.equal(inputs["position_ids"][0, :size], batch.positions)
+    offsets = inputs["document_offsets"].tolist()
+    assert inputs["document_offsets"].dtype == torch.int32
+    assert len(offsets) == fixed.documents + 1
+    assert offsets[: len(batch.bounds)] == list(batch.bounds)
+    assert offsets[-1] == TOKENS
+    gaps = [b - a for a, b in itertools.pairwise(offsets)]
+    assert 0 <= min(gaps) <= max(gaps) <= LONGEST  # the fill too is made of documents
+
+
+def test_room_for_documents_doubles_and_stays() -> None:
+    fixed = FixedInputs(TOKENS, LONGEST)
+    for lengths, room in [((20, 20), 4), ((32, 32), 4), ((9, 9, 9, 9, 9), 8), ((60,), 8)]:
+        assert len(fixed(batch_of(*lengths))["document_offsets"]) == room + 1
+    assert MIN_DOCUMENTS == 4
+
+
+def test_what_does_not_fit_is_an_error() -> None:
+    fixed = FixedInputs(TOKENS, LONGEST)
+    with pytest.raises(ValueError, match="65 tokens"):
+        fixed(batch_of(30, 30, 5))
+    shared = collate([Example([5, 6, 7, *[i] * 4], [False] * 3 + [True] * 4) for i in (8, 9)])
+    shared.shared = 3
+    with pytest.raises(ValueError, match="3 shared"):
+        fixed(shared)
+
+
+def test_only_plain_attention_is_supported() -> None:
+    model = build()
+    assert supports(model)
+    model.get_base_model().config.attention_dropout = 0.1
+    assert not supports(model)
+
+
+# -- the loss --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("storage", [None, "int8", "nf4"])
+def test_fixed_shapes_change_neither_loss_nor_gradients(storage: str | None) -> None:
+    ours = CompiledLoss(build(storage), TOKENS, LONGEST).train()
+    plain = LossModel(build(storage)).train()
+    for lengths in [(20, 30), (32, 32), (5, 6, 7, 8, 9, 10), (3,)]:
+        agree(ours, plain, batch_of(*lengths), 1e-4)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("storage", ["fp8", "nf4-fp8"])
+@pytest.mark.parametrize("lengths", [(20, 30), (5, 6, 7, 8, 9, 10)])
+def test_adapters_inside_fp8_products_are_as_near_as_beside_them(
+    storage: str, lengths: tuple[int, ...], request: pytest.FixtureRequest
+) -> None:
+    """Against the same rounded weights with nothing else rounded."""
+    batch = batch_of(*lengths)
+    exact = LossModel(build(storage)).train()
+    losses = [exact.accumulate(batch, 50).item()]
+    request.getfixturevalue("rounds_both")
+    ours = CompiledLoss(build(storage), TOKENS, LONGEST).train()
+    assert len(ours.groups.groups) == 2 * 4  # q k v, o, gate up, down of two layers
+    plain = LossModel(build(storage)).train()
+    losses += [one.accumulate(batch, 50).item() for one in (ours, plain)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=0.01)
+    wanted, *found = (
+        torch.cat([grad.flatten() for grad in learned(one.model).values()])
+        for one in (exact, ours, plain)
+    )
+    inside, beside = (((one - wanted).norm() / wanted.norm()).item() for one in found)
+    assert inside < 1.5 * beside < 0.2
+
+
+def trained(model: LossModel, batches: Sequence[Batch], steps: int) -> list[float]:
+    """Losses of optimizer steps, taken as `train.loop.Trainer` takes them."""
+    optimizer = torch.optim.AdamW(adapters.trained_parameters(model.model).values(), lr=2e-2)
+    model.train()
+    labels = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in batches)
+    losses = []
+    for _ in range(steps):
+        losses.append(sum(model.accumulate(batch, labels).item() for batch in batches))
+        optimizer.step()
+        model.stale = True
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.usefixtures("uncompiled", "rounds_both")
+@pytest.mark.parametrize("storage", ["fp8", "nf4-fp8"])
+def test_training_sees_what_the_optimizer_changed(storage: str) -> None:
+    """The loss falls as it does without groups, whose columns are a copy of the adapter."""
+    batches = [batch_of(20, 30), batch_of(9, 9, 9, 9, 9)]
+    ours = CompiledLoss(build(storage, b=0.0), TOKENS, LONGEST)
+    plain = LossModel(build(storage, b=0.0))
+    found, wanted = trained(ours, batches, 12), trained(plain, batches, 12)
+    assert wanted[-1] < wanted[0] - 1
+    assert found == pytest.approx(wanted, rel=0.06)  # a step behind would be 0.08
+    both = []
+    for model in (ours, plain):
+        model.eval()
+        with torch.no_grad():
+            both.append(sum(model(batch).item() for batch in batches))
+    assert both[0] == pytest.approx(both[1], rel=0.06)
+
+
+@pytest.mark.usefixtures("uncompiled", "rounds_both")
+def test_an_evaluation_notices_a_loaded_adapter_and_one_too_large() -> None:
+    ours, plain = CompiledLoss(build("fp8"), TOKENS, LONGEST), LossModel(build("fp8"))
+    batch = batch_of(20, 30)
+    ours.train()(batch)
+    for size in (0.3, 1e4):
+        for model in (ours, plain):
+            torch.manual_seed(3)
+            for name, parameter in adapters.trained_parameters(model.model).items():
+                if "lora_B" in name:
+                    nn.init.normal_(parameter, std=size)
+            model.eval()
+        with torch.no_grad():
+            assert ours(batch).item() == pytest.approx(plain(batch).item(), rel=0.05)
+    assert ours.groups.groups == []
+
+
+@pytest.mark.usefixtures("uncompiled", "rounds_both")
+def test_a_graph_is_recorded_anew_when_weights_move() -> None:
+    graphed = GraphedLoss(build("fp8"), TOKENS, LONGEST)
+    graphed.runs = WARM_RUNS
+    for parameter in adapters.trained_parameters(graphed.model).values():
+        parameter.data.mul_(1e5)
+    with torch.no_grad():
+        graphed.eval()(batch_of(5))
+    assert graphed.groups.groups == []
+    assert graphed.runs == 0
+    assert graphed.graph is None
+
+
+@pytest.mark.usefixtures("rounds_both")
+def test_compiled_it_is_the_same_and_one_program_serves_all_layers() -> None:
+    before = counters["stats"]["unique_graphs"]
+    ours, plain = CompiledLoss(build(), TOKENS, LONGEST).train(), LossModel(build()).train()
+    for lengths in [(20, 30), (32, 32), (10, 20, 7)]:
+        agree(ours, plain, batch_of(*lengths), 1e-4)
+    assert 1 <= counters["stats"]["unique_graphs"] - before <= 2  # a layer, the cross entropy
+    for model in (ours, plain):
+        model.eval()
+    with torch.no_grad():  # an evaluation's shapes are any, and nothing is compiled for them
+        batch = batch_of(3, 50)
+        assert ours(batch).item() == pytest.approx(plain(batch).item(), rel=1e-5)
+    assert counters["stats"]["unique_graphs"] - before <= 2
+    ours.train().give_up()
+    agree(ours, plain.train(), batch_of(5, 9), 1e-4)
+
+
+# -- the cross entropy -----------------------------------------------------------------------------
+
+
+def drawn(vocabulary: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    torch.manual_seed(sum(vocabulary))
+    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    parts = [torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in vocabulary]
+    labels = torch.randint(0, sum(vocabulary), (11,))
+    labels[[0, 4, 10]] = torch.tensor([IGNORE_INDEX, -1, IGNORE_INDEX])
+    return hidden, parts, labels
+
+
+@pytest.mark.parametrize("vocabulary", [(9,), (5, 4), (3, 1, 7)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_labels_below_zero_count_nothing(
+    vocabulary: tuple[int, ...], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        cross_entropy, "_compiled_gradient", lambda: cross_entropy._softmax_gradient
+    )
+    hidden, parts, labels = drawn(vocabulary)
+    ours = cross_entropy.linear_cross_entropy(hidden, parts, labels, compiled)
+    counts = labels >= 0
+    slow = F.cross_entropy(hidden[counts] @ torch.cat(parts).t(), labels[counts], reduction="sum")
+    torch.testing.assert_close(ours, slow)
+    inputs = (hidden, *parts)
+    got = torch.autograd.grad(2 * ours, inputs)
+    wanted = torch.autograd.grad(2 * slow, inputs)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+    assert not got[0][~counts].any()
+
+
+def test_both_ways_to_the_gradient_of_the_logits_agree() -> None:
+    hidden, (weight,), labels = drawn((9,))
+    with torch.no_grad():
+        loss, (gradient,) = cross_entropy._gradients(hidden, [weight], labels, True)
+        other, again = cross_entropy._softmax_gradient(F.linear(hidden, weight), labels)
+    torch.testing.assert_close(loss, other)
+    torch.testing.assert_close(gradient, again)
+    assert not gradient[labels < 0].any()
+
+
+def test_nothing_but_labels_that_count_nothing_is_no_loss() -> None:
+    hidden, parts, labels = drawn((9,))
+    loss = cross_entropy.linear_cross_entropy(hidden, parts, torch.full_like(labels, IGNORE_INDEX))
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()

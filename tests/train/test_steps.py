@@ -1,0 +1,69 @@
+"""Compiled runs against plain ones, and a compiler that fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chatfine.config import TrainConfig
+from chatfine.data.batches import collate
+from chatfine.model import adapters, compiled, fast
+from chatfine.model.load import load_model
+from chatfine.train.run import train
+from chatfine.train.steps import try_out
+from chatfine.types import Example
+
+
+def write_dialogues(path: Path, count: int = 12) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i} {'and ' * (i % 4)}stop"},
+                      {"role": "assistant", "content": f"{i} {'again ' * (i % 3)}done"}]}
+        for i in range(count)
+    ]  # fmt: skip
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row.get("loss", row.get("val_loss")) for row in map(json.loads, lines)]
+
+
+def test_a_compiled_run_learns_what_a_plain_one_learns(tiny: Path, tmp_path: Path) -> None:
+    data = write_dialogues(tmp_path / "d.jsonl")
+    found = {}
+    for choice in ("off", "on"):
+        settings: dict[str, Any] = {
+            "model": str(tiny), "dataset": (str(data),), "output": str(tmp_path / choice),
+            "max_steps": 4, "max_length": 128, "batch_size": 1, "packing": "on",
+            "compile": choice, "device": "cpu", "rank": 2, "learning_rate": 1e-2,
+        }  # fmt: skip
+        train(TrainConfig(**settings))
+        decided = json.loads((tmp_path / choice / "decisions.json").read_text(encoding="utf-8"))
+        assert decided["decided"]["compile"] == (choice == "on")
+        found[choice] = losses(tmp_path / choice)
+    assert found["on"] == pytest.approx(found["off"], rel=1e-4)
+    assert found["on"][0] > found["on"][-2]
+
+
+def test_a_compiler_that_fails_is_done_without(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch = collate([Example([5, 6, 7, 8], [True] * 4), Example([9, 10, 11], [True] * 3)])
+    model = adapters.attach(load_model(tiny, torch.float32), "lora", rank=2)
+    plain = fast.LossModel(model)(batch).item()
+    measure = compiled.CompiledLoss(model, 64, 64)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler\nhere")
+
+    for layer in fast.causal_model(model).get_decoder().layers:
+        layer._compiled_call_impl = broken
+    try_out(measure, batch, torch.enable_grad)
+    assert "no compiler" in "".join(capsys.readouterr())
+    assert measure.fixed is None
+    assert measure(batch).item() == pytest.approx(plain, rel=1e-6)

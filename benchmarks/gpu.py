@@ -161,12 +161,18 @@ def measure(case: Case, run: Run, model: Path, data: Path, options: argparse.Nam
     return Result(
         case=case.name, title=case.title, system=run.system, weights=run.weights,
         batch=run.batch, note=run.note, packing=run.packing or run.system == OURS,
-        checkpointing=str(ours.get("checkpointing", run.checkpointing)),
+        checkpointing=_recomputed(ours) if ours else run.checkpointing,
         tokens_per_second=rate, peak_bytes=ended.result.get("peak_memory_bytes"),
         first_step_seconds=ended.first_step_seconds, error=ended.error,
         shape=ended.result.get("shape"), card=options.card, steps=taken, warm_up=case.warm_up,
         command=" ".join(words),
     )  # fmt: skip
+
+
+def _recomputed(decided: dict[str, Any]) -> str:
+    """What a run of ours computes again, in words."""
+    layers = decided["recompute_layers"]
+    return f"{layers} layers{', offloaded' if decided['offload'] else ''}" if layers else "none"
 
 
 def prepare(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:

@@ -36,6 +36,7 @@ class GraphedLoss(CompiledLoss):
         super().__init__(model, tokens, longest, full)
         self.inputs: dict[str, Any] = {}
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.replays = True
         self.runs = 0
         self.room = 0  # labels that fit
         self.learning = [one for one in model.parameters() if one.requires_grad]
@@ -49,7 +50,7 @@ class GraphedLoss(CompiledLoss):
         scaled: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
     ) -> torch.Tensor:
         """As of `LossModel`."""
-        if self.fixed is None:
+        if self.fixed is None or not self.replays:
             return super().accumulate(batch, labels, context, scaled)
         self.refresh()
         self._fill(batch, labels)
@@ -57,10 +58,14 @@ class GraphedLoss(CompiledLoss):
         if self.runs < WARM_RUNS:
             self.runs += 1
             self._aside(context)
-        else:
-            if self.graph is None:
+            return self.loss
+        if self.graph is None:
+            try:
                 self.graph = self._record(context)
-            self.graph.replay()
+            except RuntimeError:  # nothing of it was computed: this model can't be recorded
+                self.replays = False
+                return super().accumulate(batch, labels, context, scaled)
+        self.graph.replay()
         return self.loss
 
     def drop_groups(self) -> None:

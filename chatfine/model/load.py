@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    # on CPUs it says how it moves slices of new rows, once and from every process
+    getLogger("torch.distributed.tensor").setLevel("ERROR")
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch.utils.data|peft|transformers")
 

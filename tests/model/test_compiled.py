@@ -225,6 +225,22 @@ def test_a_graph_is_recorded_anew_when_weights_move() -> None:
     assert graphed.graph is None
 
 
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here recording works")
+def test_what_cannot_be_recorded_is_computed() -> None:
+    graphed, plain = GraphedLoss(build(), TOKENS, LONGEST).train(), LossModel(build()).train()
+    batch = batch_of(5, 9)
+    graphed._fill(batch, 7)
+    graphed.runs = WARM_RUNS
+    losses = [model.accumulate(batch, 7).item() for model in (graphed, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert not graphed.replays
+    found, wanted = (list(adapters.trained_parameters(m).values()) for m in (graphed, plain))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.usefixtures("rounds_both")
 def test_compiled_it_is_the_same_and_one_program_serves_all_layers() -> None:
     before = counters["stats"]["unique_graphs"]

@@ -225,7 +225,7 @@ def test_a_length_that_fits_is_not_scaled(
     asked = prepare(configure(max_length=512, rope_scaling="yarn"))
     assert asked.positions is None
     assert asked.model == plain.model
-    assert "positions" not in asked.facts()
+    assert "positions" not in asked.facts("none")
 
 
 def test_a_learned_prefix_takes_positions_too(long_run: Configure) -> None:

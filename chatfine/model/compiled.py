@@ -86,11 +86,13 @@ class CompiledLoss(LossModel):
         self.fixed: FixedInputs | None = FixedInputs(tokens, longest, full)
         self.groups = Groups(model, lora.on_fp8(model))
         self.calls = 0  # since the shapes last changed
+        self.checked = False  # whether the adapter as it is fits into 8-bit floats
         decoder = causal_model(model).get_decoder()
         for layer in decoder.layers:
             layer.compile(dynamic=False, fullgraph=True)
         # the first layer's input would be the only one without a gradient: another program
-        decoder.get_input_embeddings().register_forward_hook(_wants_gradient)
+        if any(one.requires_grad for one in decoder.layers[0].parameters()):
+            decoder.get_input_embeddings().register_forward_hook(_wants_gradient)
 
     def give_up(self) -> None:
         """Go on without compilation, where the compiler failed."""
@@ -105,15 +107,17 @@ class CompiledLoss(LossModel):
 
     def refresh(self) -> None:
         """Bring what is derived from the adapter up to date."""
-        if self.stale or not self.training:
+        if self.stale:
             self.groups.refresh()
-            self.stale = False
+            self.stale, self.checked = False, False
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The sum of the losses of the labels of `batch`."""
         self.refresh()
-        if not self.training and not self.groups.fits():
-            self.drop_groups()
+        if not self.training and not self.checked:
+            self.checked = True
+            if not self.groups.fits():
+                self.drop_groups()
         if self.fixed is None or not self.training:
             with torch.compiler.set_stance("force_eager"):
                 return loss_sum(self.model, batch)

@@ -201,6 +201,7 @@ class Session:
         tensors = checkpoint.tensors("weights", self._rows_here)
         for name, parameter in self.parameters.items():
             own(parameter).copy_(tensors[name])
+        self.measure.stale = True
 
     def _load_rng(self, checkpoint: Checkpoint) -> None:
         """Go on with this process's random numbers, or begin new ones if it was not there."""

@@ -241,6 +241,18 @@ def test_what_cannot_be_recorded_is_computed() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_layers_before_the_first_that_learns_keep_nothing() -> None:
+    model = build()
+    layers = model.get_base_model().get_decoder().layers
+    layers[0].requires_grad_(False)
+    measure = CompiledLoss(model, TOKENS, LONGEST).train()
+    seen: list[bool] = []
+    layers[1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].requires_grad))
+    measure(batch_of(5, 9)).backward()
+    assert seen == [False]
+
+
 @pytest.mark.usefixtures("rounds_both")
 def test_compiled_it_is_the_same_and_one_program_serves_all_layers() -> None:
     before = counters["stats"]["unique_graphs"]

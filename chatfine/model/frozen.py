@@ -148,3 +148,10 @@ def keep_turned(model: nn.Module) -> None:
     for linear in frozen_linears(model):
         if linear.storage.name == "fp8":
             linear.keep_turned()
+
+
+def multiply_in_fp8(model: nn.Module) -> None:
+    """Let all nf4 weights of `model` be unpacked to 8-bit floats and multiplied as those."""
+    for linear in frozen_linears(model):
+        if linear.storage.name == "nf4":
+            linear.storage = STORAGES["nf4-fp8"]

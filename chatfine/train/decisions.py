@@ -15,7 +15,7 @@ from chatfine.i18n import t
 from chatfine.runtime import fp8_works, has_bitsandbytes, has_compiler, pick_dtype
 from chatfine.train import machine
 from chatfine.train import plan as planning
-from chatfine.train.methods import ADAPTERS, UNPACKED
+from chatfine.train.methods import ADAPTERS, UNPACKED, check_sharing
 from chatfine.train.prepare import Prepared, learning_layers, write_json
 from chatfine.train.remedies import out_of_memory, remedies
 
@@ -60,6 +60,7 @@ class Decisions:
     quantize: str = "none"
     second_copy: bool = False
     compile: bool = False
+    fp8_products: bool = False
 
     @property
     def rows_a_step(self) -> int:
@@ -81,8 +82,19 @@ def decide(
 
     Raises:
         ResourceError: nothing that was left open makes the run fit.
-        UsageError: the run can't go on with this number of processes.
+        UsageError: the run can't go on with this number of processes, or something in it does not
+            go with shared weights.
     """
+    decisions = _decide(prepared, shapes, device, processes)
+    config = prepared.config
+    check_sharing(
+        decisions.sharding, config.method, dtype=decisions.dtype, optimizer=config.optimizer,
+        offload=config.cpu_offload,
+    )  # fmt: skip
+    return decisions
+
+
+def _decide(prepared: Prepared, shapes: Shapes, device: torch.device, processes: int) -> Decisions:
     kept = prepared.run / "decisions.json"
     config = prepared.config
     asked = {name: getattr(config, name) for name in ASKED}
@@ -98,7 +110,10 @@ def decide(
         processes=processes, sharding=_sharding(config.sharding, processes),
     )  # fmt: skip
     decisions = _fit(prepared, shapes, device, wanted)
-    decisions = dataclasses.replace(decisions, compile=_compiles(prepared, shapes, decisions))
+    compiles = _compiles(prepared, shapes, decisions)
+    # nf4 weights are unpacked to 8-bit floats in one pass where that is compiled
+    fp8 = compiles and decisions.quantize == "nf4" and _has_fp8(device, dtype)
+    decisions = dataclasses.replace(decisions, compile=compiles, fp8_products=fp8)
     write_json(kept, {"asked": asked, "decided": dataclasses.asdict(decisions)})
     return decisions
 
@@ -179,10 +194,15 @@ def _compiles(prepared: Prepared, shapes: Shapes, decisions: Decisions) -> bool:
     return possible and work.flop / decisions.processes >= WORTH_COMPILING
 
 
+def _has_fp8(device: torch.device, dtype: str) -> bool:
+    """Whether frozen weights can be multiplied as 8-bit floats."""
+    return fp8_works(device) and dtype == "bfloat16"
+
+
 def _storages(prepared: Prepared, device: torch.device, dtype: str) -> list[str]:
     """How the frozen weights may be stored, fastest first."""
     config, method = prepared.config, prepared.config.method
-    fp8 = fp8_works(device) and dtype == "bfloat16"
+    fp8 = _has_fp8(device, dtype)
     if config.quantize in WITHOUT_FP8 and not fp8:
         instead = WITHOUT_FP8[config.quantize]
         console.warn(
@@ -297,6 +317,7 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
         micro_labels=round(micro * labels / max(1, tokens)) or 1, longest=lengths[0],
         tokens=round(tokens * epochs), labels=round(labels * epochs), keep=config.keep,
         quantize=decisions.quantize, second_copy=decisions.second_copy,
+        fp8_products=decisions.fp8_products, compile=decisions.compile,
         virtual_tokens=config.learned_tokens,
         row_parameters=prepared.row_parameters,
         sharing=decisions.processes if decisions.sharding != "none" else 1,
@@ -306,43 +327,3 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
             config.optimizer, decisions.device, config.pure_bf16, config.kahan
         ),
     )  # fmt: skip
-
-
-def check_sharing(prepared: Prepared, decisions: Decisions) -> None:
-    """Refuse what does not work among several processes.
-
-    Raises:
-        UsageError: naming the setting.
-    """
-    config, kind = prepared.config, decisions.sharding
-    if kind == "none":
-        if config.cpu_offload:
-            raise UsageError(
-                "offload-alone",
-                t("--cpu-offload needs a model that is shared out among several processes"),
-                where="--cpu-offload",
-                fix="torchrun --nproc_per_node 2 -m chatfine train … --sharding full",
-            )
-        return
-    if decisions.dtype == "float16":
-        raise UsageError(
-            "sharded-fp16",
-            t("--sharding {kind} does not work with fp16", kind=kind),
-            why=t("its gradients need a scale that all processes agree on"),
-            fix=("--dtype bf16", "--sharding none"),
-        )
-    if config.optimizer in planning.EIGHT_BIT and config.method not in ADAPTERS:
-        raise UsageError(
-            "sharded-optimizer",
-            t("--optimizer {name} does not work with --sharding {kind} and --method {method}",
-              name=config.optimizer, kind=kind, method=config.method),
-            why=t("its state belongs to whole weights, and each process holds slices of them"),
-            fix=("--optimizer anyprecision", "--sharding none"),
-        )  # fmt: skip
-    if config.method in ("dora", "prefix", "llama-adapter"):
-        raise UsageError(
-            "sharded-method",
-            t("--method {method} does not work with --sharding {kind}", method=config.method,
-              kind=kind),
-            fix=("--sharding none", "--method lora"),
-        )  # fmt: skip

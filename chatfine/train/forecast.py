@@ -33,6 +33,7 @@ def predict(
         "recompute_layers": decisions.recompute_layers,
         "offload": decisions.offload,
         "compile": decisions.compile,
+        "fp8_products": decisions.fp8_products,
         "processes": decisions.processes,
         "sharding": decisions.sharding,
         "steps": steps,
@@ -59,7 +60,7 @@ def show(
     console.heading(t("Plan"))
     rows = [
         [t("device"), f"{plan['device']}, {plan['dtype']}"],
-        *_storage(plan["quantize"]),
+        *_storage(decisions),
         *_positions(prepared),
         *_recomputed(decisions, shapes),
         *([[t("layers"), t("compiled")]] if decisions.compile else []),
@@ -80,8 +81,11 @@ def show(
     return plan
 
 
-def _storage(quantize: str) -> list[list[str]]:
-    return [] if quantize == "none" else [[t("frozen weights"), quantize]]
+def _storage(decisions: Decisions) -> list[list[str]]:
+    kind = decisions.quantize
+    if decisions.fp8_products:
+        kind = t("{storage}, multiplied as fp8", storage=kind)
+    return [] if kind == "none" else [[t("frozen weights"), kind]]
 
 
 def _recomputed(decisions: Decisions, shapes: planning.Shapes) -> list[list[str]]:

@@ -6,6 +6,7 @@ from chatfine.errors import UsageError
 from chatfine.hub.folder import ModelFolder
 from chatfine.i18n import t
 from chatfine.runtime import require_optimizer, require_storage
+from chatfine.train.plan import EIGHT_BIT
 
 ADAPTERS = ("lora", "dora", "rows", "prefix", "llama-adapter")
 """Methods whose result is an adapter beside the model."""
@@ -83,4 +84,45 @@ def _check_llama_adapter(model: ModelFolder, layers: int) -> None:
               limit=model.layers),
             where="--adapter-layers",
             fix=f"--adapter-layers {model.layers}",
+        )  # fmt: skip
+
+
+def check_sharing(
+    kind: str, method: str, *, dtype: str, optimizer: str = "adamw", offload: bool = False
+) -> None:
+    """Refuse what does not work where the weights are shared out as `kind` among processes.
+
+    Raises:
+        UsageError: naming the setting.
+    """
+    if kind == "none":
+        if offload:
+            raise UsageError(
+                "offload-alone",
+                t("--cpu-offload needs a model that is shared out among several processes"),
+                where="--cpu-offload",
+                fix="torchrun --nproc_per_node 2 -m chatfine train … --sharding full",
+            )
+        return
+    if dtype == "float16":
+        raise UsageError(
+            "sharded-fp16",
+            t("--sharding {kind} does not work with fp16", kind=kind),
+            why=t("its gradients need a scale that all processes agree on"),
+            fix=("--dtype bf16", "--sharding none"),
+        )
+    if optimizer in EIGHT_BIT and method not in ADAPTERS:
+        raise UsageError(
+            "sharded-optimizer",
+            t("--optimizer {name} does not work with --sharding {kind} and --method {method}",
+              name=optimizer, kind=kind, method=method),
+            why=t("its state belongs to whole weights, and each process holds slices of them"),
+            fix=("--optimizer anyprecision", "--sharding none"),
+        )  # fmt: skip
+    if method in ("dora", "prefix", "llama-adapter"):
+        raise UsageError(
+            "sharded-method",
+            t("--method {method} does not work with --sharding {kind}", method=method,
+              kind=kind),
+            fix=("--sharding none", "--method lora"),
         )  # fmt: skip

@@ -89,6 +89,8 @@ class Work:
     offload: bool = False  # the inputs of those layers wait in the CPU's memory
     quantize: str = "none"  # how the frozen linears are stored
     second_copy: bool = False  # with fp8: a transposed copy of them, for the backward pass
+    fp8_products: bool = False  # with nf4: unpacked to 8-bit floats
+    compile: bool = False
     virtual_tokens: int = 0  # what prefix and llama-adapter learn
     row_parameters: int = 0  # numbers in rows of embedding and head that learn
     sharing: int = 1  # processes that share the weights

@@ -20,7 +20,7 @@ from chatfine.runtime import pick_device, set_seed
 from chatfine.train import forecast, machine, steps
 from chatfine.train import plan as planning
 from chatfine.train.checkpoint import Checkpoint, CheckpointStore
-from chatfine.train.decisions import check_sharing, decide, work_of
+from chatfine.train.decisions import decide, work_of
 from chatfine.train.distributed import Group, is_slice, own, own_rows, reshard, whole
 from chatfine.train.loop import Precision, Progress, Trainer
 from chatfine.train.methods import ADAPTERS
@@ -54,7 +54,6 @@ class Session:
         shapes = self.shapes = shapes_of(prepared.model)
         self.decisions = group.first(lambda: decide(prepared, shapes, self.device, group.size))
         decisions = self.decisions
-        check_sharing(prepared, decisions)
         self.batches = Batches(
             prepared.data.train, config.mix, config.seed, decisions.rows, decisions.accumulate,
             decisions.packing, prepared.max_length, group.rank, group.size,
@@ -121,6 +120,8 @@ class Session:
         documents.check(model)
         if self.decisions.second_copy:
             frozen.keep_turned(model)
+        if self.decisions.fp8_products:
+            frozen.multiply_in_fp8(model)
         model = self._attach(model)
         self.measure = steps.loss_model(model, self.prepared, self.decisions, self.shapes)
         return model

@@ -18,7 +18,8 @@ from chatfine.config import PlanConfig, ResumeConfig, TrainConfig
 from chatfine.errors import ResourceError, UsageError
 from chatfine.train import decisions as deciding
 from chatfine.train import machine
-from chatfine.train.decisions import Decisions, check_sharing, decide, work_of
+from chatfine.train.decisions import Decisions, decide, work_of
+from chatfine.train.methods import check_sharing
 from chatfine.train.plan import Shapes, Work, layers_reached, make_plan, relative_time
 from chatfine.train.prepare import prepare
 from chatfine.train.run import resume, train
@@ -406,12 +407,11 @@ def test_more_than_the_cap_does_not_fit() -> None:
     torch.empty(int(1.8e9), dtype=torch.uint8, device=device)
 
 
-def test_8_bit_moments_of_slices_are_refused(configure: Configure) -> None:
-    decisions = Decisions("cpu", "float32", 1, 1, False, 0, processes=2, sharding="full")
+def test_8_bit_moments_of_slices_are_refused() -> None:
     with pytest.raises(UsageError, match="--optimizer adamw8bit does not work with") as caught:
-        check_sharing(prepare(configure(optimizer="adamw8bit", method="full")), decisions)
+        check_sharing("full", "full", dtype="float32", optimizer="adamw8bit")
     assert caught.value.fix == ("--optimizer anyprecision", "--sharding none")
-    check_sharing(prepare(configure(optimizer="adamw8bit")), decisions)
+    check_sharing("full", "lora", dtype="float32", optimizer="adamw8bit")
 
 
 def test_an_optimizer_without_its_package_is_refused(

@@ -76,11 +76,17 @@ class Batch:
         return self.bounds[-1] + self.shared * (len(self.bounds) - 2)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; nobody waits for a GPU to get them."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            if str(device).startswith("cuda") and not tensor.is_cuda:
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
         return Batch(
-            self.ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
+            moved(self.ids),
+            moved(self.labels),
+            moved(self.positions),
             self.bounds,
             self.supervised,
             self.index,

@@ -110,8 +110,14 @@ def loss_sum(
     if own is not None:
         total: torch.Tensor = own(model, batch)
         return total
-    where = torch.nonzero(batch.labels != IGNORE_INDEX).squeeze(1)  # (S,)
+    where = labelled(batch)
     return loss_at(model, inputs(batch), where, batch.labels[where], compiled)
+
+
+def labelled(batch: Batch) -> torch.Tensor:
+    """The positions (S,) with a label. How many there are is known, so no GPU is waited for."""
+    wanted = batch.labels != IGNORE_INDEX
+    return torch.nonzero_static(wanted, size=batch.supervised).squeeze(1)
 
 
 def loss_at(

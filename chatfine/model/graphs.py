@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from chatfine.model.compiled import CompiledLoss
-from chatfine.model.fast import loss_at
+from chatfine.model.fast import labelled, loss_at
 from chatfine.types import IGNORE_INDEX, Batch
 
 WARM_RUNS = 3
@@ -78,7 +78,7 @@ class GraphedLoss(CompiledLoss):
         assert self.fixed is not None
         documents = self.fixed.documents
         inputs = self.fixed(batch)
-        where = torch.nonzero(batch.labels != IGNORE_INDEX).squeeze(1)
+        where = labelled(batch)
         if len(where) > self.room or documents != self.fixed.documents or not self.inputs:
             step = -(-self.fixed.tokens // LABEL_STEPS)
             self.room = max(self.room, -(-len(where) // step) * step)

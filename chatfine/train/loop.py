@@ -9,7 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from chatfine.errors import Stopped
 from chatfine.i18n import t
 from chatfine.model.fast import LossModel
 from chatfine.train.distributed import Group, whole
-from chatfine.train.optim import Schedule
+from chatfine.train.optim import Schedule, skips_not_finite
 from chatfine.train.rng import rng_tensors, set_rng_tensors
 from chatfine.types import Batch, StepReport
 
@@ -99,6 +99,8 @@ class Trainer:
     eval_every: int
     save_every: int
     early_stop: int = 0
+    _ahead: tuple[int, list[Batch]] = field(default=(-1, []), init=False)
+    _since: float = field(default=0.0, init=False)  # when the last step ended; 0: not just now
 
     def run(self) -> str:
         """Train to the schedule's end; returns why it ended: done, early or stopped."""
@@ -116,6 +118,7 @@ class Trainer:
                 self._evaluate()
             if progress.step % self.save_every == 0 or last or evaluated:
                 self.save()
+                self._since = 0.0
         return "early" if progress.step < total else "done"
 
     def _early(self) -> bool:
@@ -123,68 +126,96 @@ class Trainer:
         return 0 < self.early_stop <= self.progress.evaluations_without_gain
 
     def step(self) -> bool:
-        """One optimizer step; False if a stop was requested in it (then nothing has changed)."""
-        started, progress = time.perf_counter(), self.progress
+        """One optimizer step; False if a stop was requested in it (then nothing has changed).
+
+        A GPU is given all of it, and the next step's data, before anyone asks for a number.
+        """
+        started, progress = self._since or time.perf_counter(), self.progress
         before = rng_tensors(self.device)
         labels = self.batches.supervised(progress.step)
-        loss, tokens, stopping = 0.0, 0.0, 0.0
-        for batch in self.batches.step(progress.step):
+        loss: float | torch.Tensor = 0.0
+        tokens, stopping = 0.0, 0.0
+        for batch in self._micro_batches(progress.step):
             stopping = stopping or self.stop_requested()
             if stopping and self.group.alone:  # several stop together, after the sums
                 break
-            loss += self._accumulate(batch.to(self.device), labels)
+            loss = loss + self._accumulate(batch, labels)
             tokens += batch.tokens if batch.supervised else 0  # 0: only there to keep step
             self.group.tick()
-        loss, tokens, stopping = self.group.sums(loss, tokens, stopping)
+        if not self.group.alone:
+            loss, tokens, stopping = self.group.sums(float(loss), tokens, stopping)
         if stopping:
             self._forget()
             set_rng_tensors(before, self.device)
             return False
-        if not math.isfinite(loss):
-            raise self._not_finite(t("the loss"), loss)
         learning_rate = self.schedule.at(progress.step)
-        norm = self._update(learning_rate)
-        seconds = time.perf_counter() - started
+        norm = self._update(loss, learning_rate)
+        now = time.perf_counter()
+        seconds, self._since = now - started, now
         progress.step += 1
         progress.tokens += int(tokens)
         progress.seconds += seconds
         self.report(
             StepReport(
-                step=progress.step, loss=loss, learning_rate=learning_rate, grad_norm=norm,
+                step=progress.step, loss=float(loss), learning_rate=learning_rate, grad_norm=norm,
                 tokens=progress.tokens, tokens_per_second=tokens / seconds,
                 seconds=progress.seconds,
             )
         )  # fmt: skip
         return True
 
-    def _accumulate(self, batch: Batch, labels: int) -> float:
+    def _micro_batches(self, index: int) -> list[Batch]:
+        """This rank's micro-batches of a step, on the device."""
+        if self._ahead[0] != index:
+            self._ahead = index, [batch.to(self.device) for batch in self.batches.step(index)]
+        return self._ahead[1]
+
+    def _accumulate(self, batch: Batch, labels: int) -> torch.Tensor:
         """Add the gradients of one micro-batch; returns its part of the step's mean loss."""
         precision = self.precision
-        return float(
-            self.model.accumulate(batch, labels, precision.context, precision.scaler.scale)
-        )
+        # a graph writes every loss to the same place
+        return self.model.accumulate(
+            batch, labels, precision.context, precision.scaler.scale
+        ).clone()
 
-    def _update(self, learning_rate: float) -> float:
-        """Clip, step, clear; returns the gradient norm. Nothing is updated if it is not finite."""
-        scaler = self.precision.scaler
+    def _update(self, loss: float | torch.Tensor, learning_rate: float) -> float:
+        """Clip, step, clear; returns the gradient norm. Nothing is updated if that or the loss is
+        not finite."""
+        scaler, optimizer = self.precision.scaler, self.optimizer
         self.group.sum_gradients(self.parameters.values())
         self._hold_back()
-        scaler.unscale_(self.optimizer)
-        total = nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.clip or math.inf, foreach=self.device.type != "mps"
+        scaler.unscale_(optimizer)
+        norm = whole(
+            nn.utils.clip_grad_norm_(
+                self.parameters.values(), self.clip or math.inf, foreach=self.device.type != "mps"
+            )
         )
-        norm = float(whole(total))
-        # in fp16 the scaler skips the step and halves its scale, which a real fault outlasts
-        if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            raise self._not_finite(t("the gradient"), norm)
-        for group in self.optimizer.param_groups:
+        late = self.group.alone and not scaler.is_enabled() and skips_not_finite(optimizer)
+        if late:  # it looks for itself, so the device is not waited for
+            optimizer.found_inf = (~torch.isfinite(norm + loss)).float()  # type: ignore[attr-defined]
+        else:
+            self._check(loss, norm)
+        for group in optimizer.param_groups:
             start = group.get("start", 0)
             rate = self.schedule.at(self.progress.step, start) if start else learning_rate
             group["lr"] = group.get("scale", 1.0) * rate
-        scaler.step(self.optimizer)
+        scaler.step(optimizer)
         scaler.update()
         self._forget()
-        return norm
+        if self.progress.step + 1 < self.schedule.total:
+            self._micro_batches(self.progress.step + 1)
+        if late:
+            self._check(loss, norm)
+        return float(norm)
+
+    def _check(self, loss: float | torch.Tensor, norm: torch.Tensor) -> None:
+        """Refuse to go on from numbers that are not finite. In fp16 the scaler skips such a step
+        and halves its scale, which a real fault outlasts."""
+        scaler = self.precision.scaler
+        if not math.isfinite(loss):
+            raise self._not_finite(t("the loss"), float(loss))
+        if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
+            raise self._not_finite(t("the gradient"), float(norm))
 
     def _forget(self) -> None:
         """Empty the gradients, and tell the model that what learns has changed."""

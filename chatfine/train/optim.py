@@ -61,6 +61,13 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, fused=fused)
 
 
+def skips_not_finite(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether `optimizer` can be told on the device, by `found_inf`, to leave all as it is."""
+    return isinstance(optimizer, torch.optim.AdamW) and all(
+        group["fused"] for group in optimizer.param_groups
+    )
+
+
 def _eight_bit(
     groups: list[dict[str, Any]], kind: str, device: torch.device
 ) -> torch.optim.Optimizer:

@@ -42,6 +42,17 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "chatfine"
 
 
+def keep_compiled() -> None:
+    """Let what the compiler makes outlast a restart of the machine (torch puts it into /tmp), with
+    the operations that write their gradients themselves, which are ours and always compute alike.
+    """
+    import torch._functorch.config as settings
+
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "compiled"))
+    if hasattr(settings, "autograd_cache_allow_custom_autograd_functions"):
+        settings.autograd_cache_allow_custom_autograd_functions = True
+
+
 def launched() -> tuple[int, int]:
     """Rank and number of the processes that a launcher (torchrun, Ray Train) started; (0, 1) if it
     did not."""

@@ -224,6 +224,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("-o", "--output", type=Path, required=True, help="folder for gpu.md, gpu.png and gpu.json")
     add("--only", default="", help="regular expression on the names of cases")
     add("--systems", default=",".join(SYSTEMS), help="which of these, with commas")
+    add("--weights", default="", help="only with frozen weights in these formats, with commas")
     add("--all", action="store_true", dest="everything", help="the less important runs too")
     add("--steps", type=int, default=8, help="measured steps")
     add("--work", type=Path, help="folder for models and runs; the default is temporary")
@@ -239,7 +240,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"there is no folder {options.tokenizer}; give one with --tokenizer")
     if options.dialog and not (options.dialog / inputs.DIALOGUES).is_file():
         parser.error(f"there is no {inputs.DIALOGUES} in {options.dialog}")
-    options.chosen = choose(options.only, options.systems, options.everything)
+    weights = [name for name in options.weights.split(",") if name]
+    options.chosen = choose(options.only, options.systems, options.everything, weights)
     if not options.chosen and not options.join:
         parser.error(f"no case has {options.only!r} in its name")
     return options

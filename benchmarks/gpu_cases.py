@@ -104,7 +104,11 @@ CASES = (
         Run("by-hand", "bf16", times=4, thorough=True),
     )),
     Case("7b-lora-24gb", f"7B, LoRA, {ROWS}, a card of 24 GB", "7b", "lora", "rows", 2048, (
-        Run(OURS, "fp8", flags=("--gpu-memory", "24"), note="--gpu-memory 24"),
+        Run(OURS, "nf4", 2, flags=("--accumulate", "2", "--gpu-memory", "24"),
+            note="--gpu-memory 24"),
+        Run(OURS, "fp8", 2, flags=("--accumulate", "2", "--gpu-memory", "24"),
+            note="--gpu-memory 24"),
+        Run(OURS, "nf4", flags=("--gpu-memory", "24"), note="--gpu-memory 24", thorough=True),
         Run(OURS, "nf4", flags=("--gpu-memory", "12"), note="--gpu-memory 12"),
         Run("trl", "nf4", 8, checkpointing=True),
         Run("trl-liger", "nf4", 8, checkpointing=True),
@@ -142,15 +146,20 @@ CASES = (
 
 
 def choose(
-    only: str, systems: Collection[str], everything: bool = False
+    only: str, systems: Collection[str], everything: bool = False, weights: Collection[str] = ()
 ) -> list[tuple[Case, Sequence[Run]]]:
-    """The cases whose name has the pattern `only`, with the runs of the systems asked for."""
+    """The cases whose name has the pattern `only`, with the runs of the systems and weights asked
+    for; no weights are all."""
     chosen = []
     for case in CASES:
         if not re.search(only, case.name) or (case.extra and not only):
             continue
         runs = [
-            run for run in case.runs if run.system in systems and (everything or not run.thorough)
+            run
+            for run in case.runs
+            if run.system in systems
+            and (everything or not run.thorough)
+            and (not weights or run.weights in weights)
         ]
         if runs:
             chosen.append((case, runs))

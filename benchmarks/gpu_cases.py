@@ -123,7 +123,8 @@ CASES = (
     Case("135m-full-rows", f"135M, all weights, {ROWS}", "135m", "full", "rows", 2048,
          small(8, "fp32")),
     Case("7b-lora-64k", "7B, LoRA, one row of 65,536 tokens", "7b", "lora", "rows", 65536, (
-        Run(OURS, "nf4", 1, flags=("--gpu-memory", "24"), note="--gpu-memory 24"),
+        Run(OURS, "nf4", 1, flags=("--gpu-memory", "24", "--rope-scaling", "linear"),
+            note="--gpu-memory 24"),
         Run("unsloth", "nf4", 1, checkpointing=True),
     ), warm_up=1, steps=2, extra=True),
     Case("tiny-lora-rows", "a tiny model, LoRA, to try this script", "tiny", "lora", "rows", 64, (

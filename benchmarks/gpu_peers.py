@@ -186,6 +186,7 @@ def fine_tune(
     gpu = torch.cuda.is_available()
     config = SFTConfig(
         output_dir=job["output"], per_device_train_batch_size=job["batch"],
+        gradient_accumulation_steps=1,  # Unsloth makes it 2 by default, and a step twice as long
         max_steps=job["steps"], learning_rate=LEARNING_RATE[job["method"]], bf16=gpu,
         use_cpu=not gpu, logging_steps=10_000, save_strategy="no", report_to="none",
         gradient_checkpointing=job["checkpointing"], max_length=job["length"],

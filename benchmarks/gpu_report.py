@@ -121,7 +121,9 @@ def cells(result: Result, best: Result | None) -> list[str]:
     share = None
     if best and best.tokens_per_second and result.tokens_per_second:
         share = result.tokens_per_second / best.tokens_per_second
-    recomputed = {"True": "all", "False": "–"}.get(result.checkpointing, result.checkpointing)
+    recomputed = {"True": "all", "False": "–"}.get(
+        str(result.checkpointing), str(result.checkpointing)
+    )
     row = [result.name, stored(result), str(result.batch), recomputed,
            number(result.tokens_per_second), number(share, ".2f"), number(gib, ".1f"),
            number(result.first_step_seconds, ".1f")]  # fmt: skip

@@ -43,14 +43,9 @@ def home() -> Path:
 
 
 def keep_compiled() -> None:
-    """Let what the compiler makes outlast a restart of the machine (torch puts it into /tmp), with
-    the operations that write their gradients themselves, which are ours and always compute alike.
-    """
-    import torch._functorch.config as settings
-
+    """Let what the compiler makes outlast a restart of the machine: torch puts it into /tmp, unless
+    told otherwise before its compiler is imported."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(home() / "compiled"))
-    if hasattr(settings, "autograd_cache_allow_custom_autograd_functions"):
-        settings.autograd_cache_allow_custom_autograd_functions = True
 
 
 def launched() -> tuple[int, int]:

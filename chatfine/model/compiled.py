@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from chatfine.model import lora
+from chatfine.model import joined, lora
 from chatfine.model.fast import LossModel, causal_model, loss_sum
 from chatfine.model.lora_fp8 import Groups
 from chatfine.types import Batch
@@ -85,8 +85,10 @@ class CompiledLoss(LossModel):
         super().__init__(model)
         self.fixed: FixedInputs | None = FixedInputs(tokens, longest, full)
         self.groups = Groups(model, lora.on_fp8(model))
+        joined.join(model)
         self.calls = 0  # since the shapes last changed
         self.checked = False  # whether the adapter as it is fits into 8-bit floats
+        _keep_programs()
         decoder = causal_model(model).get_decoder()
         for layer in decoder.layers:
             layer.compile(dynamic=False, fullgraph=True)
@@ -106,7 +108,7 @@ class CompiledLoss(LossModel):
         self.calls = 0
 
     def refresh(self) -> None:
-        """Bring what is derived from the adapter up to date."""
+        """As of `LossModel`: the adapter's columns."""
         if self.stale:
             self.groups.refresh()
             self.stale, self.checked = False, False
@@ -127,6 +129,15 @@ class CompiledLoss(LossModel):
         # compiled for these shapes, the layers need not be asked again whether anything has changed
         with torch.compiler.set_stance(skip_guard_eval_unsafe=self.calls > WARM_CALLS):
             return loss_sum(self.model, batch, lambda _: inputs, compiled=True)
+
+
+def _keep_programs() -> None:
+    """Let programs be kept though operations in them write their gradients themselves; these are
+    ours, and always compute alike."""
+    import torch._functorch.config as settings
+
+    if hasattr(settings, "autograd_cache_allow_custom_autograd_functions"):
+        settings.autograd_cache_allow_custom_autograd_functions = True
 
 
 def _wants_gradient(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,9 @@ class LossModel(torch.nn.Module):
         """The sum of the losses of the labels of `batch`."""
         return loss_sum(self.model, batch)
 
+    def refresh(self) -> None:
+        """Bring what is derived from what learns up to date, if it is `stale`."""
+
 
 def loss_sum(
     model: Any,

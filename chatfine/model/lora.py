@@ -34,7 +34,7 @@ def install(model: nn.Module) -> int:
             layer: Any = module
             layer.__class__ = _fused()
             layer.fused_adapter = layer.active_adapters[0]
-            layer.group = None  # see `model.lora_fp8`
+            layer.group = None  # see `model.joined`
             count += 1
     return count
 
@@ -98,17 +98,27 @@ def _fused() -> Any:
     return FusedLinear
 
 
+def storage_of(base: nn.Module) -> str:
+    """How a linear's weight is stored."""
+    return base.storage.name if isinstance(base, FrozenLinear) else PLAIN.name
+
+
+def product(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, storage: str, packed: Packed
+) -> torch.Tensor:
+    """See `_LoraLinear`."""
+    y: torch.Tensor = _LoraLinear.apply(x, a, b, scale, storage, *packed)  # type: ignore[no-untyped-call]
+    return y
+
+
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     name, base = module.fused_adapter, module.base_layer
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    storage, packed = PLAIN.name, cast(Packed, (base.weight,))
-    if isinstance(base, FrozenLinear):
-        storage, packed = base.storage.name, base.packed
-    else:
+    packed = base.packed if isinstance(base, FrozenLinear) else cast(Packed, (base.weight,))
+    if not isinstance(base, FrozenLinear):
         x = x.to(base.weight.dtype)
-    y: torch.Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x.reshape(-1, x.shape[-1]), a, b, module.scaling[name], storage, *packed
-    )
+    rows = x.reshape(-1, x.shape[-1])
+    y = product(rows, a, b, module.scaling[name], storage_of(base), packed)
     return y.view(*x.shape[:-1], -1)
 
 

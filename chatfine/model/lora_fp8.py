@@ -9,10 +9,9 @@ that. So 3 · rank more columns stand for the adapter's whole second product, fo
 same way backward for the part of the gradient that comes through A. The adapter's own gradients
 are taken in bf16 as ever.
 
-Linears that read the same states (query, key and value; gate and up) are one product.
-
-The slow twin is `model.lora`: its small products read and write the large result once more. The
-columns of the weight's side change with the adapter: `Groups.refresh` writes them anew.
+Linears that read the same states are one product (`model.joined`). The slow twin is `model.lora`:
+its small products read and write the large result once more. The columns of the weight's side
+change with the adapter: `Groups.refresh` writes them anew.
 """
 
 from __future__ import annotations
@@ -26,10 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from chatfine.model.fp8_rows import fp8_rows, split
+from chatfine.model.joined import Joined, together
 from chatfine.model.storages import E4M3, E4M3_MAX, STORAGES, Fp8, Packed, multiply_fp8
 
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of linears that read the same states, in the order in which they are called."""
 ALIGNMENT = 64
 """Of the summed dimension: with less, products ran at 1,000 TFLOP/s on an H100 instead of 1,280."""
 A_UNIT = 28.0
@@ -127,72 +125,49 @@ def _right_back(
     return torch.cat((turned, tail), 1).view(E4M3), scales
 
 
-class Group:
-    """LoRA linears of `model.lora` on fp8 weights that read the same states, as one product.
+class Group(Joined):
+    """`Joined` layers (or one) on fp8 weights, whose codes get the adapters' columns."""
 
-    Their codes lie on top of each other in tensors of the group; each layer's weight becomes a
-    view of them. The first layer that is called computes for all.
-    """
-
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self.layers = list(layers)
-        bases = [layer.base_layer for layer in layers]
-        first = bases[0]
-        self.scale = layers[0].scaling[layers[0].fused_adapter]
-        self.storage, self.in_features = first.storage.name, first.in_features
-        self.outs = [base.out_features for base in bases]
-        self.ranks = [layer.r[layer.fused_adapter] for layer in layers]
-        self.waiting: list[torch.Tensor] = []
+    def _pack(self, bases: Sequence[Any]) -> Packed:
         codes = torch.cat([base.weight.detach() for base in bases])
         scales = torch.cat([base.scales.detach() for base in bases])
+        packed: Packed = (codes, scales)
         width = tail_width(self.in_features, sum(self.ranks))
         if self.storage == "fp8":
             codes = F.pad(codes, (0, width))
-            self.tail_b = codes[:, self.in_features :]
+            self.tail_b, packed = codes[:, self.in_features :], (codes, scales)
         else:
             self.tail_b = scales.new_zeros(len(codes), width)
-        self.packed: Packed = (codes, scales)
         width = tail_width(sum(self.outs), sum(self.ranks))
-        if first.turned is not None:
+        if bases[0].turned is not None:
             turned = F.pad(torch.cat([base.turned for base in bases], 1), (0, width))
-            self.tail_a = turned[:, sum(self.outs) :]
-            self.packed = (codes, scales, turned)
+            self.tail_a, packed = turned[:, sum(self.outs) :], (codes, scales, turned)
         else:
             self.tail_a = scales.new_zeros(self.in_features, width)
-        for layer, part, some in zip(
-            layers,
-            codes.split_with_sizes(self.outs),
-            scales.split_with_sizes(self.outs),
-            strict=True,
-        ):
-            base = layer.base_layer
-            base.weight.data = part[:, : base.weight.shape[1]]
-            base.scales.data = some
+        parts = codes.split_with_sizes(self.outs), scales.split_with_sizes(self.outs)
+        for base, some_codes, some_scales in zip(bases, *parts, strict=True):
+            base.weight.data = some_codes[:, : base.weight.shape[1]]
+            base.scales.data = some_scales
             base.turned = None
-            layer.group = self
+        return packed
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """What groups have in common whose columns can be written together."""
         return self.storage, self.in_features, *self.outs, *self.ranks, self.scale
 
-    def output(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
-        """The output (…, out) of one of the layers for states (…, in)."""
-        if layer is self.layers[0]:
-            y: torch.Tensor = LoraFp8.apply(  # type: ignore[no-untyped-call]
-                x.reshape(-1, self.in_features), self.scale, self.storage, self.packed,
-                self.tail_b, self.tail_a, *self.weights(),
-            )  # fmt: skip
-            self.waiting = list(y.split_with_sizes(self.outs, 1))
-        found = self.waiting.pop(0)
-        return found.view(*x.shape[:-1], found.shape[1])
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """See `LoraFp8`."""
+        y: torch.Tensor = LoraFp8.apply(  # type: ignore[no-untyped-call]
+            x, self.scale, self.storage, self.packed, self.tail_b, self.tail_a, *self.weights()
+        )
+        return y
 
-    def weights(self) -> list[torch.Tensor]:
-        """All A, then all B."""
-        names = [(layer, layer.fused_adapter) for layer in self.layers]
-        return [layer.lora_A[name].weight for layer, name in names] + [
-            layer.lora_B[name].weight for layer, name in names
-        ]
+    def drop(self) -> None:
+        """Give the layers back to `model.lora`, which can hold any number."""
+        super().drop()
+        for layer in self.layers:
+            layer.base_layer.weight.data = layer.base_layer.weight.data.contiguous()
 
 
 class Groups:
@@ -204,15 +179,7 @@ class Groups:
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Any]) -> None:
-        rest = list(layers)
-        self.groups: list[Group] = []
-        for parent in model.modules():
-            for names in TOGETHER:
-                some = [getattr(parent, name, None) for name in names]
-                if all(one in rest for one in some) and _alike(some):
-                    self.groups.append(Group(some))
-                    rest = [one for one in rest if one not in some]
-        self.groups += [Group([one]) for one in rest]
+        self.groups = [Group(some) for some in together(model, layers)]
         self.alike: dict[tuple[Any, ...], list[Group]] = {}
         for group in self.groups:
             self.alike.setdefault(group.shape, []).append(group)
@@ -238,11 +205,9 @@ class Groups:
         return not largest or float(torch.stack(largest).max()) <= E4M3_MAX
 
     def drop(self) -> None:
-        """Give the layers back to `model.lora`, which can hold any number."""
+        """Do without any."""
         for group in self.groups:
-            for layer in group.layers:
-                layer.group = None
-                layer.base_layer.weight.data = layer.base_layer.weight.data.contiguous()
+            group.drop()
         self.groups, self.alike = [], {}
 
 
@@ -263,13 +228,3 @@ def _columns(groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor]:
     scales = [storage.fp8_scales(group.packed) for group in groups]
     a = torch.stack([torch.cat(w[:count]) for w in weights]).float().transpose(1, 2)
     return b * first.scale / torch.stack(scales), a * a_unit(first.in_features)
-
-
-def _alike(layers: Sequence[Any]) -> bool:
-    """Whether layers can be one product."""
-    keys = {
-        (one.base_layer.in_features, one.base_layer.storage.name, one.scaling[one.fused_adapter],
-         one.base_layer.turned is None)
-        for one in layers
-    }  # fmt: skip
-    return len(keys) == 1

@@ -219,8 +219,9 @@ class Trainer:
 
     def _forget(self) -> None:
         """Empty the gradients, and tell the model that what learns has changed."""
-        self.model.stale = True
         self.optimizer.zero_grad(set_to_none=not self.model.keeps_gradients)
+        self.model.stale = True
+        self.model.refresh()  # now, while a GPU still has work and nobody waits for it
 
     def _hold_back(self) -> None:
         """Forget the gradients of what does not learn yet, before clipping and moments see them."""

@@ -11,7 +11,6 @@ import torch
 from chatfine import console
 from chatfine.i18n import t
 from chatfine.model import compiled, fast, graphs
-from chatfine.runtime import keep_compiled
 from chatfine.types import Batch
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ def loss_model(
     """What measures the loss of a micro-batch of this run, and learns from it."""
     if not decisions.compile or not compiled.supports(model):
         return fast.LossModel(model)
-    keep_compiled()
     tokens = prepared.max_length * decisions.rows
     lengths = [part.lengths for part in prepared.data.train]
     longest = max(int(some.max()) for some in lengths)

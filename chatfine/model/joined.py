@@ -1,0 +1,107 @@
+"""LoRA linears that read the same states (query, key and value; gate and up) as one product.
+
+Their weights lie on top of each other, so the states are read once, forward, and backward their
+gradients come out of one product instead of a sum over several. The adapters become one as well,
+whose B has a block for each:
+
+    [y₁ | y₂] = x [W₁; W₂]ᵀ + s (x [A₁; A₂]ᵀ) diag(B₁, B₂)ᵀ
+
+The slow twin is each layer by itself, in `model.lora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from chatfine.model import lora
+from chatfine.model.storages import PLAIN, Packed
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of linears that read the same states, in the order in which they are called."""
+
+
+class Joined:
+    """Layers of `model.lora` as one product. Each layer's weight becomes a view of the whole; the
+    layer that is called first computes for all."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = list(layers)
+        bases = [layer.base_layer for layer in layers]
+        self.scale = layers[0].scaling[layers[0].fused_adapter]
+        self.in_features = bases[0].in_features
+        self.outs = [base.out_features for base in bases]
+        self.ranks = [layer.r[layer.fused_adapter] for layer in layers]
+        self.storage = lora.storage_of(bases[0])
+        self.waiting: list[torch.Tensor] = []
+        self.packed: Packed = self._pack(bases)
+        for layer in layers:
+            layer.group = self
+
+    def _pack(self, bases: Sequence[Any]) -> Packed:
+        """What `storage` multiplies with, in one piece."""
+        whole = torch.cat([base.weight.detach() for base in bases])
+        for base, part in zip(bases, whole.split_with_sizes(self.outs), strict=True):
+            base.weight.data = part
+        return (whole,)
+
+    def output(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        """The output (…, out) of one of the layers for states (…, in)."""
+        if layer is self.layers[0]:
+            y = self.product(x.reshape(-1, self.in_features))
+            self.waiting = list(y.split_with_sizes(self.outs, 1))
+        found = self.waiting.pop(0)
+        return found.view(*x.shape[:-1], found.shape[1])
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """All outputs (N, Σ out) for states (N, in)."""
+        weights, count = self.weights(), len(self.layers)
+        x = x.to(self.packed[0].dtype)
+        a, b = torch.cat(weights[:count]), torch.block_diag(*weights[count:])  # type: ignore[no-untyped-call]
+        return lora.product(x, a, b, self.scale, self.storage, self.packed)
+
+    def weights(self) -> list[torch.Tensor]:
+        """All A, then all B."""
+        names = [(layer, layer.fused_adapter) for layer in self.layers]
+        return [layer.lora_A[name].weight for layer, name in names] + [
+            layer.lora_B[name].weight for layer, name in names
+        ]
+
+    def drop(self) -> None:
+        """Let each layer compute for itself again."""
+        for layer in self.layers:
+            layer.group = None
+
+
+def join(model: nn.Module) -> list[Joined]:
+    """Join the layers of `model.lora` whose weight is not packed; unpacking several at once would
+    take more memory."""
+    layers = [
+        module
+        for module in model.modules()
+        if hasattr(module, "fused_adapter") and module.group is None
+        and lora.storage_of(cast(Any, module).base_layer) == PLAIN.name
+    ]  # fmt: skip
+    return [Joined(some) for some in together(model, layers) if len(some) > 1]
+
+
+def together(model: nn.Module, layers: Iterable[Any]) -> list[list[Any]]:
+    """`layers` of `model`, in groups of those that can be one product, else alone."""
+    rest, found = list(layers), []
+    for parent in model.modules():
+        for names in TOGETHER:
+            some = [getattr(parent, name, None) for name in names]
+            if all(one in rest for one in some) and len({_kind(one) for one in some}) == 1:
+                found.append(some)
+                rest = [one for one in rest if one not in some]
+    return found + [[one] for one in rest]
+
+
+def _kind(layer: Any) -> tuple[Any, ...]:
+    """What layers must have in common."""
+    base = layer.base_layer
+    own = base.weight.dtype, getattr(base, "turned", None) is None
+    return base.in_features, lora.storage_of(base), layer.scaling[layer.fused_adapter], *own

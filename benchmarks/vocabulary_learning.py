@@ -67,7 +67,7 @@ def learn(options: argparse.Namespace) -> None:
     from chatfine.data.batches import Batches, in_order
     from chatfine.data.examples import DataSettings, load_examples
     from chatfine.evaluate.loss import evaluate_loss
-    from chatfine.model import adapters, fast, graphs
+    from chatfine.model import adapters, compiled, fast, graphs
     from chatfine.model.load import load_model
     from chatfine.runtime import pick_device, set_seed
     from chatfine.tokenizer.encode import ChatTokenizer
@@ -91,7 +91,8 @@ def learn(options: argparse.Namespace) -> None:
     precision = Precision(device, dtype, autocast=True)
     measure = fast.LossModel(model)
     if device.type == "cuda":
-        measure = graphs.GraphedLoss(model, options.rows * options.length, options.length)
+        fixed = compiled.FixedInputs(options.rows * options.length, options.length)
+        measure = graphs.GraphedLoss(model, fixed)
     held = data.validation
     assert held is not None
 

@@ -30,11 +30,14 @@ class FixedInputs:
         tokens: the most tokens of a micro-batch.
         longest: the most tokens of a document.
         full: every document of every micro-batch has that many, and every micro-batch is full.
+        documents: how many of them there is room for at first.
     """
 
-    def __init__(self, tokens: int, longest: int, full: bool = False) -> None:
+    def __init__(
+        self, tokens: int, longest: int, full: bool = False, documents: int = MIN_DOCUMENTS
+    ) -> None:
         self.tokens, self.longest, self.full = tokens, longest, full
-        self.documents = MIN_DOCUMENTS
+        self.documents = documents
 
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """As `fast.model_inputs`.
@@ -78,12 +81,12 @@ class CompiledLoss(LossModel):
 
     Args:
         model: which `supports` says yes to.
-        tokens, longest, full: as of `FixedInputs`.
+        fixed: to what shapes micro-batches are brought.
     """
 
-    def __init__(self, model: Any, tokens: int, longest: int, full: bool = False) -> None:
+    def __init__(self, model: Any, fixed: FixedInputs) -> None:
         super().__init__(model)
-        self.fixed: FixedInputs | None = FixedInputs(tokens, longest, full)
+        self.fixed: FixedInputs | None = fixed
         self.groups = Groups(model, lora.on_fp8(model))
         joined.join(model)
         self.calls = 0  # since the shapes last changed

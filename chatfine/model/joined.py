@@ -54,6 +54,9 @@ class Joined:
             y = self.product(x.reshape(-1, self.in_features))
             self.waiting = list(y.split_with_sizes(self.outs, 1))
         found = self.waiting.pop(0)
+        if len(self.layers) > 2 and not self.waiting:
+            # query and key are rotated; the value is kept as it is, and as a view would keep all
+            found = found.contiguous()
         return found.view(*x.shape[:-1], found.shape[1])
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

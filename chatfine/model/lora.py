@@ -164,11 +164,12 @@ class _LoraLinear(torch.autograd.Function):
 def _plus(large: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """large + left · right, in place where no compiler will see to it.
 
-    A batch of one keeps the compiler from an `addmm` into a copy of `large`; the sum then becomes
-    part of whatever reads it next.
+    Of products that are added a compiler makes an `addmm` into a copy of one of them. Added in
+    float32, and rounded once, they become part of whatever reads the sum.
     """
     if torch.compiler.is_compiling():
-        return large + torch.bmm(left[None], right[None])[0]
+        wide = torch.promote_types(large.dtype, torch.float32)
+        return (large.to(wide) + (left @ right).to(wide)).to(large.dtype)
     return large.addmm_(left, right)
 
 

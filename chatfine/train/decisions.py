@@ -109,11 +109,13 @@ def _decide(prepared: Prepared, shapes: Shapes, device: torch.device, processes:
         device.type, dtype, rows, config.accumulate, packing, recompute_layers=0,
         processes=processes, sharding=_sharding(config.sharding, processes),
     )  # fmt: skip
+    wanted = dataclasses.replace(wanted, compile=_compiles(prepared, shapes, wanted))
     decisions = _fit(prepared, shapes, device, wanted)
-    compiles = _compiles(prepared, shapes, decisions)
-    # nf4 weights are unpacked to 8-bit floats in one pass where that is compiled
-    fp8 = compiles and decisions.quantize == "nf4" and _has_fp8(device, dtype)
-    decisions = dataclasses.replace(decisions, compile=compiles, fp8_products=fp8)
+    if config.compile == "on" and not decisions.compile:
+        console.warn(
+            t("--compile on is ignored: it needs packed rows, a model that is not shared out, "
+              "and the method lora, rows, full or freeze")
+        )  # fmt: skip
     write_json(kept, {"asked": asked, "decided": dataclasses.asdict(decisions)})
     return decisions
 
@@ -182,11 +184,6 @@ def _compiles(prepared: Prepared, shapes: Shapes, decisions: Decisions) -> bool:
     wanted, method = prepared.config.compile, prepared.config.method
     possible = decisions.packing and decisions.sharding == "none" and method in COMPILED
     if wanted != "auto":
-        if wanted == "on" and not possible:
-            console.warn(
-                t("--compile on is ignored: it needs packed rows, a model that is not shared out, "
-                  "and the method lora, rows, full or freeze")
-            )  # fmt: skip
         return possible and wanted == "on"
     if decisions.device != "cuda" or not has_compiler():
         return False
@@ -236,7 +233,12 @@ def _fit(prepared: Prepared, shapes: Shapes, device: torch.device, wanted: Decis
     last = (wanted, work_of(prepared, wanted))
     for storage in _storages(prepared, device, wanted.dtype):
         for sharding in shardings:
-            start = dataclasses.replace(wanted, sharding=sharding, quantize=storage)
+            compiles = wanted.compile and sharding == "none"
+            # in one pass only where that is compiled
+            fp8 = compiles and storage == "nf4" and _has_fp8(device, wanted.dtype)
+            start = dataclasses.replace(
+                wanted, sharding=sharding, quantize=storage, compile=compiles, fp8_products=fp8
+            )
             options = _options(prepared, shapes, start)
             fitting = []
             for option, work in options:

@@ -18,7 +18,7 @@ from chatfine.console import is_main_process
 from chatfine.errors import ChatfineError, Interrupted, OutputError, Refused, Stopped
 from chatfine.hub.place import check_disk
 from chatfine.i18n import t
-from chatfine.runtime import keep_compiled, launched
+from chatfine.runtime import launched, settle_torch
 from chatfine.train.prepare import (
     CONFIG_FILE,
     LOCK_FILE,
@@ -127,7 +127,7 @@ def _processes(backend: str, device: str) -> Iterator[Group | None]:
 
     A process that ends with an error says so to the others, and only the first one prints.
     """
-    keep_compiled()
+    settle_torch()
     if launched()[1] == 1:
         yield None
         return

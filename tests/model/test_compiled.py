@@ -133,7 +133,7 @@ def test_only_plain_attention_is_supported() -> None:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("storage", [None, "int8", "nf4"])
 def test_fixed_shapes_change_neither_loss_nor_gradients(storage: str | None) -> None:
-    ours = CompiledLoss(build(storage), TOKENS, LONGEST).train()
+    ours = CompiledLoss(build(storage), FixedInputs(TOKENS, LONGEST)).train()
     plain = LossModel(build(storage)).train()
     for lengths in [(20, 30), (32, 32), (5, 6, 7, 8, 9, 10), (3,)]:
         agree(ours, plain, batch_of(*lengths), 1e-4)
@@ -150,7 +150,7 @@ def test_adapters_inside_fp8_products_are_as_near_as_beside_them(
     exact = LossModel(build(storage)).train()
     losses = [exact.accumulate(batch, 50).item()]
     request.getfixturevalue("rounds_both")
-    ours = CompiledLoss(build(storage), TOKENS, LONGEST).train()
+    ours = CompiledLoss(build(storage), FixedInputs(TOKENS, LONGEST)).train()
     assert len(ours.groups.groups) == 2 * 4  # q k v, o, gate up, down of two layers
     plain = LossModel(build(storage)).train()
     losses += [one.accumulate(batch, 50).item() for one in (ours, plain)]
@@ -182,7 +182,7 @@ def trained(model: LossModel, batches: Sequence[Batch], steps: int) -> list[floa
 def test_training_sees_what_the_optimizer_changed(storage: str) -> None:
     """The loss falls as it does without groups, whose columns are a copy of the adapter."""
     batches = [batch_of(20, 30), batch_of(9, 9, 9, 9, 9)]
-    ours = CompiledLoss(build(storage, b=0.0), TOKENS, LONGEST)
+    ours = CompiledLoss(build(storage, b=0.0), FixedInputs(TOKENS, LONGEST))
     plain = LossModel(build(storage, b=0.0))
     found, wanted = trained(ours, batches, 12), trained(plain, batches, 12)
     assert wanted[-1] < wanted[0] - 1
@@ -197,7 +197,7 @@ def test_training_sees_what_the_optimizer_changed(storage: str) -> None:
 
 @pytest.mark.usefixtures("uncompiled", "rounds_both")
 def test_an_evaluation_notices_a_loaded_adapter_and_one_too_large() -> None:
-    ours, plain = CompiledLoss(build("fp8"), TOKENS, LONGEST), LossModel(build("fp8"))
+    ours, plain = CompiledLoss(build("fp8"), FixedInputs(TOKENS, LONGEST)), LossModel(build("fp8"))
     batch = batch_of(20, 30)
     ours.train()(batch)
     for size in (0.3, 1e4):
@@ -214,7 +214,7 @@ def test_an_evaluation_notices_a_loaded_adapter_and_one_too_large() -> None:
 
 @pytest.mark.usefixtures("uncompiled", "rounds_both")
 def test_a_graph_is_recorded_anew_when_weights_move() -> None:
-    graphed = GraphedLoss(build("fp8"), TOKENS, LONGEST)
+    graphed = GraphedLoss(build("fp8"), FixedInputs(TOKENS, LONGEST))
     graphed.runs = WARM_RUNS
     for parameter in adapters.trained_parameters(graphed.model).values():
         parameter.data.mul_(1e5)
@@ -228,7 +228,10 @@ def test_a_graph_is_recorded_anew_when_weights_move() -> None:
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here recording works")
 def test_what_cannot_be_recorded_is_computed() -> None:
-    graphed, plain = GraphedLoss(build(), TOKENS, LONGEST).train(), LossModel(build()).train()
+    graphed, plain = (
+        GraphedLoss(build(), FixedInputs(TOKENS, LONGEST)).train(),
+        LossModel(build()).train(),
+    )
     batch = batch_of(5, 9)
     graphed._fill(batch, 7)
     graphed.runs = WARM_RUNS
@@ -246,7 +249,7 @@ def test_layers_before_the_first_that_learns_keep_nothing() -> None:
     model = build()
     layers = model.get_base_model().get_decoder().layers
     layers[0].requires_grad_(False)
-    measure = CompiledLoss(model, TOKENS, LONGEST).train()
+    measure = CompiledLoss(model, FixedInputs(TOKENS, LONGEST)).train()
     seen: list[bool] = []
     layers[1].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].requires_grad))
     measure(batch_of(5, 9)).backward()
@@ -256,7 +259,10 @@ def test_layers_before_the_first_that_learns_keep_nothing() -> None:
 @pytest.mark.usefixtures("rounds_both")
 def test_compiled_it_is_the_same_and_one_program_serves_all_layers() -> None:
     before = counters["stats"]["unique_graphs"]
-    ours, plain = CompiledLoss(build(), TOKENS, LONGEST).train(), LossModel(build()).train()
+    ours, plain = (
+        CompiledLoss(build(), FixedInputs(TOKENS, LONGEST)).train(),
+        LossModel(build()).train(),
+    )
     for lengths in [(20, 30), (32, 32), (10, 20, 7)]:
         agree(ours, plain, batch_of(*lengths), 1e-4)
     assert 1 <= counters["stats"]["unique_graphs"] - before <= 2  # a layer, the cross entropy

@@ -137,6 +137,7 @@ def fit(configure: Configure, more_rows: Callable[..., Path], tmp_path: Path) ->
                     "gpu_memory": with_context}  # fmt: skip
         prepared = prepare(configure(**settings | changes))
         wanted = Decisions("cuda", "bfloat16", 16, 1, True, 0)
+        wanted = dataclasses.replace(wanted, compile=prepared.config.compile == "on")
         found = deciding._fit(prepared, SEVEN_B, DEVICE, wanted)
 
         def need(**other: Any) -> float:
@@ -297,6 +298,18 @@ def test_auto_takes_8_bit_floats_where_the_card_has_them(
     least = need(quantize="fp8", rows=1, accumulate=16, recompute_layers=LAYERS, offload=True)
     assert fit(least + 1, quantize="auto")[1].quantize == "fp8"
     assert fit(least - 1e7, quantize="auto")[1].quantize == cards()[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a CUDA device")
+def test_compiled_nf4_is_multiplied_as_8_bit_floats_where_the_card_has_them(
+    fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, compiled in itertools.product([(8, 0), (9, 0)], ["on", "off"]):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        _, found, _ = fit(EVERYTHING, compile=compiled, quantize="nf4")
+        assert (found.quantize, found.compile) == ("nf4", compiled == "on")
+        assert found.fp8_products == (found.compile and capability == (9, 0))
 
 
 # -- runs ------------------------------------------------------------------------------------------

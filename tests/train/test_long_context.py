@@ -132,8 +132,8 @@ def test_a_killed_run_goes_on_and_another_scaling_is_refused(
     train(long_run(output=str(tmp_path / "whole"), **base))
     original = Trainer._update
 
-    def update(self: Trainer, rate: float) -> float:
-        norm = original(self, rate)
+    def update(self: Trainer, loss: Any, rate: float) -> float:
+        norm = original(self, loss, rate)
         if self.progress.step == 2:
             raise Stopped("stopped", "in the middle of a step")
         return norm

@@ -38,8 +38,8 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Let the process die in the middle of the optimizer step after `step`."""
     original = Trainer._update
 
-    def update(self: Trainer, rate: float) -> float:
-        norm = original(self, rate)
+    def update(self: Trainer, loss: Any, rate: float) -> float:
+        norm = original(self, loss, rate)
         if self.progress.step == step:
             raise Killed
         return norm
@@ -157,7 +157,7 @@ def test_a_signal_saves_and_ends_resumable(
     original = Trainer._accumulate
     calls = 0
 
-    def accumulate(self: Trainer, batch: Any, labels: int) -> float:
+    def accumulate(self: Trainer, batch: Any, labels: int) -> Any:
         nonlocal calls
         calls += 1
         if calls == 3:

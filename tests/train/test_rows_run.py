@@ -137,10 +137,10 @@ def test_killed_and_resumed_is_the_same_run(
     original = Trainer._update
     with pytest.MonkeyPatch.context() as patch:
 
-        def update(self: Trainer, rate: float) -> float:
+        def update(self: Trainer, loss: Any, rate: float) -> float:
             if self.progress.step == 3:
                 raise Killed
-            return original(self, rate)
+            return original(self, loss, rate)
 
         patch.setattr(Trainer, "_update", update)
         with pytest.raises(Killed):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from chatfine.data.batches import collate
 from chatfine.model import adapters, compiled, fast
 from chatfine.model.load import load_model
 from chatfine.train.run import train
-from chatfine.train.steps import try_out
+from chatfine.train.steps import _fixed_inputs, try_out
 from chatfine.types import Example
 
 
@@ -56,7 +58,7 @@ def test_a_compiler_that_fails_is_done_without(
     batch = collate([Example([5, 6, 7, 8], [True] * 4), Example([9, 10, 11], [True] * 3)])
     model = adapters.attach(load_model(tiny, torch.float32), "lora", rank=2)
     plain = fast.LossModel(model)(batch).item()
-    measure = compiled.CompiledLoss(model, 64, 64)
+    measure = compiled.CompiledLoss(model, compiled.FixedInputs(64, 64))
 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("no compiler\nhere")
@@ -67,3 +69,19 @@ def test_a_compiler_that_fails_is_done_without(
     assert "no compiler" in "".join(capsys.readouterr())
     assert measure.fixed is None
     assert measure(batch).item() == pytest.approx(plain, rel=1e-6)
+
+
+def prepared(*parts: list[int], length: int = 128) -> Any:
+    """As far as shapes need it: the lengths of the examples of each data set."""
+    train = [SimpleNamespace(lengths=np.array(part)) for part in parts]
+    return SimpleNamespace(max_length=length, data=SimpleNamespace(train=train))
+
+
+def test_there_is_room_for_more_documents_than_usual_from_the_start(tiny: Path) -> None:
+    model = load_model(tiny, torch.float32)
+    full = _fixed_inputs(model, prepared([128] * 8), rows=16)
+    assert (full.tokens, full.longest, full.documents) == (2048, 128, 16)
+    mixed = _fixed_inputs(model, prepared([10, 30], [100], [], length=256), rows=2)
+    assert mixed.longest == 128
+    assert 512 / 20 * 1.5 <= mixed.documents == 64
+    assert _fixed_inputs(model, prepared([100]), rows=1).documents == compiled.MIN_DOCUMENTS

@@ -55,7 +55,9 @@ class Ended:
     error: str
 
 
-def watch(command: Sequence[str], log: Path, work: Path, timeout: float) -> Ended:
+def watch(
+    command: Sequence[str], log: Path, work: Path, timeout: float, home: Path | None = None
+) -> Ended:
     """Run a process that adds a line to `log` after each step, with all that it starts.
 
     Args:
@@ -63,10 +65,14 @@ def watch(command: Sequence[str], log: Path, work: Path, timeout: float) -> Ende
         log: made by the process; the time of its first line is noted.
         work: where it runs and where its output is kept.
         timeout: seconds after which it is ended, its children too.
+        home: chatfine's cache folder; the default is in `work`.
     """
     log.unlink(missing_ok=True)
     paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = QUIET | {"PYTHONPATH": os.pathsep.join(paths), "CHATFINE_HOME": str(work / "cache")}
+    own = QUIET | {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CHATFINE_HOME": str(home or work / "cache"),
+    }
     out, err = work / "stdout", work / "stderr"
     first = None
     with out.open("wb") as stdout, err.open("wb") as stderr:

@@ -122,7 +122,9 @@ def train(name: str, storage: str, seed: int, card: str | None, options: Any) ->
     words = our_words(options.work / name, storage, seed, output, options)
     place = [] if card is None else ["env", f"CUDA_VISIBLE_DEVICES={card}"]
     log = output / "metrics.jsonl"
-    ended = gpu.watch([*place, sys.executable, *words], log, work, options.timeout)
+    # what is compiled and tokenised serves all seeds
+    home = options.work / "cache"
+    ended = gpu.watch([*place, sys.executable, *words], log, work, options.timeout, home)
     points, error = read_points(log), ended.error
     if not error and (not points or points[-1][0] != options.steps):
         error = f"no validation loss after step {options.steps}"

@@ -44,7 +44,8 @@ def fp8_rows(
     kernel[(rows,)](
         x, inner, x if factors is None else factors, codes.view(E4M3), scales, size,
         inner.shape[1], width, unit, HAS_FACTORS=factors is not None, BLOCK=block,
-        TAIL=max(16, 1 << (width - 1).bit_length()), num_warps=4 if block <= 4096 else 8,
+        TAIL=max(16, 1 << (width - 1).bit_length()),
+        num_warps=max(4, min(16, block // 2048)),  # 64 numbers a thread, up to rows of 32,768
     )  # fmt: skip
     return codes, scales
 

@@ -11,11 +11,11 @@ import torch
 from chatfine import console
 from chatfine.i18n import t
 from chatfine.model import compiled, fast, graphs
+from chatfine.train.decisions import Decisions, work_of
+from chatfine.train.plan import Shapes, make_plan
 from chatfine.types import Batch
 
 if TYPE_CHECKING:
-    from chatfine.train.decisions import Decisions
-    from chatfine.train.plan import Shapes
     from chatfine.train.prepare import Prepared
 
 BLOCK = 128
@@ -26,6 +26,9 @@ deviations more. Beyond that layers are compiled anew."""
 LAUNCH_BOUND = 1.2e13
 """Floating-point operations of a layer's part of a micro-batch, forward and back, below which an
 H100 gains from a graph: 3 % at 1e13, half of the step and more below 1e12."""
+BESIDE_GRAPH = 0.75
+"""Share of a card that a run may fill and still be replayed: memory of a graph is not there for
+evaluations."""
 CUDNN_HEAD = 128
 """The largest head that cuDNN's attention takes."""
 
@@ -90,6 +93,9 @@ def _replays(prepared: Prepared, decisions: Decisions, shapes: Shapes) -> bool:
     if decisions.device != "cuda" or decisions.processes > 1 or decisions.recompute_layers:
         return False
     if config.rows_first or decisions.dtype == "float16":
+        return False
+    card = config.gpu_memory * 1e9 or torch.cuda.get_device_properties("cuda").total_memory
+    if make_plan(shapes, work_of(prepared, decisions)).memory_bytes > BESIDE_GRAPH * card:
         return False
     numbers = shapes.body_parameters / shapes.layers
     return 6 * numbers * prepared.max_length * decisions.rows < LAUNCH_BOUND

@@ -73,7 +73,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float]) -> list[list
     """Let every run end at once; storages without a loss fail. Returns the commands."""
     commands: list[list[str]] = []
 
-    def watch(command: list[str], log: Path, work: Path, timeout: float) -> Any:
+    def watch(command: list[str], log: Path, work: Path, timeout: float, home: Path) -> Any:
         commands.append(command)
         storage = command[command.index("--quantize") + 1]
         (work / "stderr").write_text("", encoding="utf-8")

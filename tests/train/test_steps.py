@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from chatfine.config import TrainConfig
 from chatfine.data.batches import collate
 from chatfine.model import adapters, compiled, fast
 from chatfine.model.load import load_model
+from chatfine.train import steps
+from chatfine.train.decisions import Decisions
 from chatfine.train.run import train
 from chatfine.train.steps import _fixed_inputs, try_out
 from chatfine.types import Example
@@ -85,3 +88,16 @@ def test_there_is_room_for_more_documents_than_usual_from_the_start(tiny: Path) 
     assert mixed.longest == 128
     assert 512 / 20 * 1.5 <= mixed.documents == 64
     assert _fixed_inputs(model, prepared([100]), rows=1).documents == compiled.MIN_DOCUMENTS
+
+
+def test_what_fills_a_card_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph uses would be missing at the next evaluation."""
+    monkeypatch.setattr(steps, "work_of", lambda *_: None)
+    shapes: Any = SimpleNamespace(body_parameters=10**8, layers=10)
+    decisions = Decisions("cuda", "bfloat16", 1, 1, True, 0)
+    run = SimpleNamespace(max_length=128, config=SimpleNamespace(gpu_memory=24, rows_first=0))
+    for filled, wanted in ((17e9, True), (19e9, False)):
+        plan = SimpleNamespace(memory_bytes=filled)
+        monkeypatch.setattr(steps, "make_plan", lambda *_, plan=plan: plan)
+        assert steps._replays(run, decisions, shapes) == wanted  # type: ignore[arg-type]
+        assert not steps._replays(run, replace(decisions, recompute_layers=1), shapes)  # type: ignore[arg-type]

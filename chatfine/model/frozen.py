@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatfine.model.storages import STORAGES, Packed
+from chatfine.model.storages import STORAGES, Packed, unpacked_again
 
 
 class FrozenLinear(nn.Linear):
@@ -122,7 +122,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        packed = ctx.saved_tensors
+        packed = unpacked_again(ctx.storage, ctx.saved_tensors, grad)
         grad_x = STORAGES[ctx.storage].product_back(grad, packed, ctx.in_features)
         return (grad_x, None, None, *[None] * len(packed))
 

@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from chatfine.model.frozen import FrozenLinear
-from chatfine.model.storages import PLAIN, STORAGES, Fp8, Packed, Storage, multiplies_fp8
+from chatfine.model.storages import (
+    PLAIN,
+    STORAGES,
+    Fp8,
+    Packed,
+    Storage,
+    multiplies_fp8,
+    unpacked_again,
+)
 
 
 def install(model: nn.Module) -> int:
@@ -153,7 +161,8 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = None
         # not every version of the compiler knows what needs a gradient; it drops what is unused
         if torch.compiler.is_compiling() or ctx.needs_input_grad[0]:
-            grad_x = _storage(ctx.storage).product_back(grad, tuple(packed), x.shape[1])
+            again = unpacked_again(ctx.storage, tuple(packed), grad)
+            grad_x = _storage(ctx.storage).product_back(grad, again, x.shape[1])
             grad_x = _plus(grad_x, grad_inner, a_low)
         wide = torch.promote_types(x.dtype, torch.float32)
         grad_a = torch.mm(grad_inner.t(), x).to(wide)

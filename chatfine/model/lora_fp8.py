@@ -26,7 +26,15 @@ from torch import nn
 
 from chatfine.model.fp8_rows import fp8_rows, split
 from chatfine.model.joined import Joined, together
-from chatfine.model.storages import E4M3, E4M3_MAX, STORAGES, Fp8, Packed, multiply_fp8
+from chatfine.model.storages import (
+    E4M3,
+    E4M3_MAX,
+    STORAGES,
+    Fp8,
+    Packed,
+    multiply_fp8,
+    unpacked_again,
+)
 
 ALIGNMENT = 64
 """Of the summed dimension: with less, products ran at 1,000 TFLOP/s on an H100 instead of 1,280."""
@@ -80,7 +88,8 @@ class LoraFp8(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         """Of x as one product of 8-bit floats, of A and B exact."""
         x, inner, tail_a, *rest = ctx.saved_tensors
-        b, packed = rest[: ctx.count], tuple(rest[ctx.count :])
+        b = rest[: ctx.count]
+        packed = unpacked_again(ctx.storage, tuple(rest[ctx.count :]), grad)
         grads = grad.split_with_sizes([len(one) for one in b], 1)
         inners = inner.split_with_sizes([one.shape[1] for one in b], 1)
         pairs = list(zip(grads, b, strict=True))

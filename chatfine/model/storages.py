@@ -255,6 +255,21 @@ class NF4Fp8(NF4, Fp8):
 
 PLAIN = Plain()
 STORAGES: dict[str, Storage] = {one.name: one for one in (Int8(), NF4(), Fp8(), NF4Fp8())}
+UNPACKED = ("int8", "nf4", "nf4-fp8")
+"""Those whose weight is written in another format before it is multiplied."""
+
+
+def unpacked_again(name: str, packed: Packed, grad: torch.Tensor) -> Packed:
+    """`packed` for the backward product of `grad` (N, out).
+
+    A compiler sees forward and backward pass as one program, in which the weight is unpacked twice,
+    and would keep the first result for the second. So the codes depend on the gradient, by nothing.
+    """
+    if not torch.compiler.is_compiling() or name not in UNPACKED:
+        return packed
+    codes, *rest = packed
+    nothing = grad[:1, :1].contiguous().view(torch.uint8)[0, :1] & 0
+    return codes | nothing.to(codes.dtype), *rest
 
 
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

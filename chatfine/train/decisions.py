@@ -320,6 +320,7 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
         tokens=round(tokens * epochs), labels=round(labels * epochs), keep=config.keep,
         quantize=decisions.quantize, second_copy=decisions.second_copy,
         fp8_products=decisions.fp8_products, compile=decisions.compile,
+        accumulate=decisions.accumulate,
         virtual_tokens=config.learned_tokens,
         row_parameters=prepared.row_parameters,
         sharing=decisions.processes if decisions.sharding != "none" else 1,

@@ -1,21 +1,22 @@
 """Memory, time and disk of a training run before it starts, from shapes alone.
 
 The memory model counts what a training step keeps alive: weights, what learns with its gradient and
-moments, the activations the backward pass needs, the logits of one block, and what the libraries
-take themselves. Predicted against measured: see docs/LOG.md.
+moments, the activations the backward pass needs (`plan_activations`), the logits of one block, and
+what the libraries take themselves. Predicted against measured: see docs/LOG.md.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from chatfine.train import plan_activations as activations
+
 OVERHEAD_BYTES = {"cpu": 430e6, "cuda": 300e6, "mps": 300e6}
 """What Python and the libraries take before anything is loaded, beside a CUDA context (CPU:
-resident memory)."""
-HEAD_BLOCK_BYTES = 64 * 2**20
+resident memory). On a card these are workspaces of its libraries, 32 MiB each for the forward and
+the backward pass on every stream; recording a graph takes five streams."""
 EIGHT_BIT = ("adamw8bit", "paged-adamw8bit")
 """Optimizers of bitsandbytes; the state of a paged one leaves the device when memory is short."""
 LONG_ROW_TOKENS, PIECE_TOKENS = 16384, 8192
@@ -98,6 +99,7 @@ class Work:
     weights_offload: bool = False  # this process's slices wait in the CPU's memory
     learning_bytes: int = 4  # of a number that learns; its gradient has as many
     moments_bytes: float = 8  # of its optimizer state
+    accumulate: int = 1  # micro-batches of a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,53 +174,10 @@ def disk_bytes(learning: int, keep: int) -> float:
     return learning * 12 * (keep + 2) + learning * 4
 
 
-def _activations_a_token(shapes: Shapes, work: Work) -> float:
-    """Bytes one token keeps alive in one decoder layer until its backward pass.
-
-    Two norms keep their input and their normalised output; attention keeps q, k, v and its output;
-    the MLP keeps gate, its activation and up. A linear keeps its input only where something on it
-    learns.
-    """
-    if work.method in ("prefix", "llama-adapter"):  # on no linear, but attention has more to keep
-        kept = 4 * shapes.hidden + 5 * shapes.query + 2 * shapes.key + 3 * shapes.intermediate
-        return float(kept * work.dtype_bytes)
-    everything = work.method in ("full", "freeze") or not work.targets
-    targets = set(shapes.linears) if everything else set(work.targets)
-    if work.method == "rows":
-        targets = set()
-    numbers: float = 4 * shapes.hidden + 2 * shapes.query + 2 * shapes.key + 3 * shapes.intermediate
-    inputs = {"q_proj": shapes.hidden, "o_proj": shapes.query, "gate_proj": shapes.hidden,
-              "down_proj": shapes.intermediate}  # fmt: skip
-    aliases = {
-        "q_proj": {"q_proj", "k_proj", "v_proj", "qkv_proj"},
-        "gate_proj": {"gate_proj", "up_proj"},
-    }
-    for name, size in inputs.items():
-        if aliases.get(name, {name}) & targets:
-            numbers += size
-    if work.method == "dora":  # PEFT's own forward keeps the base's and the adapter's output too
-        numbers *= 2.2
-    return numbers * work.dtype_bytes
-
-
 def layers_reached(shapes: Shapes, work: Work) -> int:
     """How many of the last layers the backward pass goes through, and so keep something for it."""
     through_all = work.method == "full" or work.row_parameters > 0
     return shapes.layers if through_all else work.layers or shapes.layers
-
-
-def _alive_layers(shapes: Shapes, work: Work) -> int:
-    """How many layers hold everything at the peak: those that keep it or, when these are done, the
-    one that computes it again (see `model.recompute`)."""
-    kept = layers_reached(shapes, work) - work.recompute_layers
-    return max(kept, 1 if work.recompute_layers else 0)
-
-
-def _waiting_inputs(work: Work) -> int:
-    """How many inputs of recomputed layers lie on the device: all, or one in use and one on its way
-    to the CPU's memory or back."""
-    away = work.offload and work.device == "cuda"
-    return min(work.recompute_layers, 2) if away else work.recompute_layers
 
 
 def moments_bytes(
@@ -238,60 +197,39 @@ def piece_tokens(work: Work) -> int:
     return PIECE_TOKENS if work.recompute_layers and work.micro_tokens > LONG_ROW_TOKENS else 0
 
 
-def _spared_bytes(shapes: Shapes, work: Work) -> float:
-    """What pieces keep from being alive: of all tokens but one piece what is inside the MLPs."""
-    piece = piece_tokens(work)
-    if not piece or not {"gate_proj", "up_proj", "down_proj"} <= shapes.linears.keys():
-        return 0.0
-    outside = _activations_a_token(dataclasses.replace(shapes, intermediate=0), work)
-    inside = _activations_a_token(shapes, work) - outside
-    in_flight = 4 * shapes.intermediate * work.dtype_bytes
-    whole = _alive_layers(shapes, work) * work.micro_tokens
-    return (whole - piece) * inside + (work.micro_tokens - piece) * in_flight
-
-
 def make_plan(shapes: Shapes, work: Work) -> Plan:
     """Predict what `work` on a model of these `shapes` takes."""
     learning = trained_parameters(shapes, work)
-    frozen = shapes.parameters - (learning if work.method in ("full", "freeze") else 0)
-    a_token = _activations_a_token(shapes, work)
-    an_input = shapes.hidden * work.dtype_bytes
-    kept = _waiting_inputs(work) * an_input + _alive_layers(shapes, work) * a_token
-    transient = 4 * shapes.intermediate * work.dtype_bytes  # gradients in flight in one MLP
-    block = min(HEAD_BLOCK_BYTES, 4 * shapes.vocab * work.micro_labels)
-    states = 3 * work.micro_labels * shapes.hidden * 4
+    masters = work.method in ("full", "freeze")
+    frozen = shapes.parameters - (learning if masters else 0)
     own = 0 if work.weights_offload else 1 / work.sharing
     weights: float = frozen * work.dtype_bytes
     if work.quantize != "none":
         weights += packed_bytes(shapes, work.quantize, work.second_copy)
-        weights += _unpacked_bytes(shapes, work) - shapes.body_parameters * work.dtype_bytes
-    masters = work.method in ("full", "freeze")
-    state = work.learning_bytes + work.moments_bytes  # gradient and moments
+        weights += activations.unpacked_bytes(shapes, work)
+        weights += activations.columns_bytes(shapes, work)
+        weights -= shapes.body_parameters * work.dtype_bytes
+    state = learning * work.moments_bytes
     if masters:
-        low = work.dtype_bytes if work.sharing == 1 else 0  # autocast's copies
-        weights += learning * (work.learning_bytes + (low if low < work.learning_bytes else 0))
-        training = learning * state * own
+        weights += learning * work.learning_bytes
     else:
-        training = float(learning * (work.learning_bytes + state))
+        state += learning * work.learning_bytes
+    part = own if masters else 1  # adapters are whole in every process
+    peak = activations.at_peak(
+        shapes, work, learning, layers_reached(shapes, work), piece_tokens(work), part
+    )
+    away = work.recompute_layers - activations.waiting_inputs(work)
     return Plan(
         weights_bytes=weights * own + _gathered_bytes(shapes, work),
-        training_bytes=training,
-        activation_bytes=(kept + transient) * work.micro_tokens - _spared_bytes(shapes, work),
-        logits_bytes=3 * block + states,
+        training_bytes=state * part + peak.gradients,
+        activation_bytes=peak.between,
+        logits_bytes=peak.logits,
         overhead_bytes=OVERHEAD_BYTES[work.device],
         disk_bytes=disk_bytes(learning, work.keep),
         flop=_flop(shapes, work),
         trained_parameters=learning,
-        host_bytes=(work.recompute_layers - _waiting_inputs(work)) * an_input * work.micro_tokens,
+        host_bytes=away * activations.an_input(shapes, work),
     )
-
-
-def _unpacked_bytes(shapes: Shapes, work: Work) -> float:
-    """One linear at a time is unpacked; of an fp8 one only a transposed copy is made."""
-    largest = max((out * into for out, into, _ in shapes.linears.values()), default=0)
-    if work.quantize == "fp8":
-        return 0.0 if work.second_copy else largest
-    return largest * work.dtype_bytes
 
 
 def _gathered_bytes(shapes: Shapes, work: Work) -> float:

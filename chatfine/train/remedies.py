@@ -24,7 +24,8 @@ def remedies(
         options.append((full, t("--checkpointing full (about 30 % slower)")))
     if rows > 1:
         one = change(work, micro_tokens=max(work.longest, work.micro_tokens // rows),
-                   micro_labels=max(1, work.micro_labels // rows))  # fmt: skip
+                   micro_labels=max(1, work.micro_labels // rows),
+                   accumulate=rows * accumulate)  # fmt: skip
         smaller = f"--batch-size 1 --accumulate {rows * accumulate}"
         options.append((one, t("{flags} (same result)", flags=smaller)))
         options.append((change(one, recompute_layers=every), f"{smaller} --checkpointing full"))

@@ -147,6 +147,22 @@ def test_only_the_packed_weight_is_kept_for_the_backward_pass(storage: str) -> N
     assert sum(one.numel() * one.element_size() for one in kept) == layer.stored_bytes
 
 
+@pytest.mark.parametrize("storage", storages.UNPACKED)
+def test_compiled_layers_unpack_again_instead_of_keeping_what_they_unpacked(storage: str) -> None:
+    layer = FrozenLinear.of(linear((96, 160), torch.bfloat16, bias=False), storage)
+    compiled = torch.compile(lambda x: layer(x.sin()).cos(), backend="aot_eager_decomp_partition")
+    x = torch.randn(8, 160, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = compiled(x)
+    packed = {one.data_ptr() for one in layer.packed}
+    extra = [one for one in kept if one.data_ptr() not in packed]
+    assert sum(one.numel() for one in extra) <= 3 * 8 * 160
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    (slow,) = torch.autograd.grad(layer(x.sin()).cos().sum(), x)
+    torch.testing.assert_close(grad, slow, atol=0.02, rtol=0.02)
+
+
 def test_under_autocast_it_computes_as_a_linear_does() -> None:
     layer = FrozenLinear.of(linear((8, 64)), "int8")
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from chatfine.commands.plan import plan as plan_command
 from chatfine.config import PlanConfig, TrainConfig
 from chatfine.errors import ResourceError, UsageError
-from chatfine.model import adapters
+from chatfine.hub.folder import read_model_folder
+from chatfine.model import adapters, cross_entropy, joined
 from chatfine.model.load import load_model
 from chatfine.train import machine
 from chatfine.train import plan as planning
+from chatfine.train import plan_activations as planned
 from chatfine.train.decisions import decide, work_of
+from chatfine.train.loop import Precision
 from chatfine.train.plan import Shapes, Work, make_plan
 from chatfine.train.prepare import prepare
 from chatfine.train.remedies import remedies
@@ -66,6 +70,8 @@ def test_more_of_it_needs_more_memory(name: str, values: list[Any], method: str)
         pytest.skip("does not enter full fine-tuning")
     needs = [memory(**({"method": method} | {name: value})) for value in values]
     assert needs == sorted(needs)
+    if (method, name) == ("full", "micro_tokens"):  # few tokens matter less than the optimizer
+        needs = needs[1:]
     assert len(set(needs)) == len(needs)
 
 
@@ -147,6 +153,138 @@ def test_where_nothing_helps_it_says_so() -> None:
     assert remedies(LLAMA_8B, WORK, 1e9, rows=1) == [
         "a smaller model, or a machine with more memory"
     ]
+
+
+# -- what PyTorch keeps and what was measured ------------------------------------------------------
+
+
+class Watched(torch.nn.Module):
+    """A decoder layer that notes what it keeps for its backward pass."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer, self.kept = layer, 0
+
+    def forward(self, x: torch.Tensor, **named: Any) -> Any:
+        given = [*self.parameters(), *self.buffers(), *named["position_embeddings"]]
+        known = {one.untyped_storage().data_ptr() for one in given}
+        found: dict[int, Any] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                found[storage.data_ptr()] = storage  # held, so that no other gets its address
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = self.layer(x, **named)
+        self.kept = sum(storage.nbytes() for storage in found.values())
+        return output
+
+
+def kept_by_a_layer(folder: Path, tokens: int, work: Work, compiled: bool, **chosen: Any) -> int:
+    """Bytes that the second layer keeps of two documents of so many tokens together."""
+    torch._dynamo.reset()
+    model = load_model(folder, torch.bfloat16)
+    model = adapters.attach(model, work.method, rank=work.rank, **chosen)
+    if work.learning_bytes == 2:
+        model.bfloat16()
+    decoder = model.train().get_decoder()
+    if compiled:  # partitioned as the compiler does, but nothing is translated
+        joined.join(model)
+        decoder.layers[1].compile(
+            dynamic=False, fullgraph=True, backend="aot_eager_decomp_partition"
+        )
+    watched = decoder.layers[1] = Watched(decoder.layers[1])
+    half = tokens // 2
+    documents: dict[str, Any] = {"document_lengths": (half, half)}
+    if compiled:
+        documents = {"document_offsets": torch.tensor([0, half, tokens], dtype=torch.int32),
+                     "longest_document": half}  # fmt: skip
+    ids, positions = torch.ones(1, tokens, dtype=torch.int64), torch.arange(half).repeat(2)[None]
+    with Precision(torch.device("cpu"), torch.bfloat16, planned.autocasts(work)).context():
+        decoder(input_ids=ids, position_ids=positions, use_cache=False,
+                attention_mask=torch.zeros(1, 1, 1, 1), **documents)  # fmt: skip
+    return watched.kept
+
+
+KEPT: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"method": "lora"}, {}),
+    ({"method": "lora", "targets": ("q_proj", "v_proj")}, {"targets": "q_proj,v_proj"}),
+    ({"method": "dora"}, {}),
+    ({"method": "rows"}, {"rows": range(400, 420)}),
+    ({"method": "freeze", "layers": 2}, {"freeze_layers": 2}),
+    ({"method": "full"}, {}),
+    ({"method": "full", "learning_bytes": 2}, {}),
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("changes", "chosen"), KEPT)
+def test_a_token_keeps_what_autograd_keeps(
+    tiny: Path, changes: dict[str, Any], chosen: dict[str, Any], compiled: bool
+) -> None:
+    """As found on a CPU, whose attention goes from document to document."""
+    work = dataclasses.replace(WORK, device="cpu", compile=compiled, **changes)
+    if compiled and work.method == "dora":
+        pytest.skip("is never compiled")
+    folder = read_model_folder(tiny)
+    tensors = {name: info.shape for name, info in folder.tensors.items()}
+    shapes = Shapes.of(folder.text_config, tensors, folder.parameters)
+    few, many = (kept_by_a_layer(tiny, n, work, compiled, **chosen) for n in (64, 128))
+    # the rest are sums of whole rows: of a norm's squares, of a softmax's exponentials
+    assert planned.a_token(shapes, work) == pytest.approx((many - few) / 64, rel=0.03)
+
+
+def test_compiled_layers_keep_less() -> None:
+    for method in ("lora", "rows", "freeze", "full"):
+        eager = dataclasses.replace(WORK, method=method)
+        compiled = dataclasses.replace(eager, compile=True)
+        assert planned.a_token(LLAMA_8B, compiled) < planned.a_token(LLAMA_8B, eager), method
+    held = memory(method="full", recompute_layers=1, accumulate=2, compile=True)
+    assert held > memory(method="full", recompute_layers=1, compile=True), "gradients of the first"
+
+
+def test_blocks_of_logits_are_those_of_the_loss() -> None:
+    assert planned.HEAD_BLOCK_BYTES == cross_entropy.HEAD_CHUNK_BYTES
+
+
+def llama(
+    layers: int, hidden: int, intermediate: int, key: int, vocab: int, tied: bool = False
+) -> Shapes:
+    sizes = {"q_proj": (hidden, hidden), "k_proj": (key, hidden), "v_proj": (key, hidden),
+             "o_proj": (hidden, hidden), "gate_proj": (intermediate, hidden),
+             "up_proj": (intermediate, hidden), "down_proj": (hidden, intermediate)}  # fmt: skip
+    linears = {name: (*size, layers) for name, size in sizes.items()}
+    body = sum(out * into * layers for out, into in sizes.values())
+    norms = (2 * layers + 1) * hidden
+    ends = vocab * hidden * (1 if tied else 2)
+    return Shapes(layers, hidden, intermediate, hidden, key, vocab, body + norms + ends,
+                  vocab * hidden, linears)  # fmt: skip
+
+
+LLAMA_2_7B = llama(32, 4096, 11008, 4096, 32000)
+TINYLLAMA = llama(22, 2048, 5632, 256, 32000)
+SMOLLM2 = llama(30, 576, 1536, 192, 49152, tied=True)
+FULL_ROWS = dataclasses.replace(WORK, rank=16, micro_tokens=8192, micro_labels=8188)
+TWICE = {"micro_tokens": 16384, "micro_labels": 16376}
+
+
+@pytest.mark.parametrize(("shapes", "changes", "measured"), [
+    (LLAMA_2_7B, {"recompute_layers": 8}, 49_742_807_040),
+    (LLAMA_2_7B, {"targets": ("q_proj", "v_proj")}, 51_852_152_832),
+    (llama(22, 2048, 5632, 256, 52352), {"method": "rows", "row_parameters": 83_308_544},
+     17_007_325_696),
+    (TINYLLAMA, {"method": "full", "recompute_layers": 22, "moments_bytes": 2 + 8 / 256},
+     12_123_374_080),
+    (SMOLLM2, {"method": "full", **TWICE}, 19_302_319_616),
+])  # fmt: skip
+def test_the_plan_is_near_a_measured_peak(
+    shapes: Shapes, changes: dict[str, Any], measured: int
+) -> None:
+    """`benchmarks/peaks.py` on an NVIDIA H100 with torch 2.11."""
+    plan = make_plan(shapes, dataclasses.replace(FULL_ROWS, **changes))
+    assert -0.05 <= plan.memory_bytes / measured - 1 <= 0.10
 
 
 # -- what auto comes to ----------------------------------------------------------------------------
@@ -251,6 +389,7 @@ def test_a_long_row_takes_the_memory_of_a_piece_of_it() -> None:
     short = activations(limit) - activations(limit - 1)
     long = activations(4 * limit) - activations(4 * limit - 1)
     inner = (3 + 1 + 4) * LLAMA_8B.intermediate * 2  # gate, up, product; down's input; in flight
+    inner += (2 * 4 - 2) * LLAMA_8B.hidden  # what norms keep in float32 but for one's own input
     assert short - long == pytest.approx(inner)
     assert activations(limit + 1) < activations(limit)
     assert activations(4 * limit, targets=("q_proj",)) < activations(4 * limit)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatfine.model.storages import STORAGES, Packed, unpacked_again
+from chatfine.model.storages import EXACT, STORAGES, Packed, unpacked_again
 
 
 class FrozenLinear(nn.Linear):
@@ -78,6 +78,12 @@ class FrozenLinear(nn.Linear):
         )
 
     @property
+    def multiplied(self) -> str:
+        """The storage by which products are taken: in training perhaps one that rounds both."""
+        name = self.storage.name
+        return name if self.training else EXACT.get(name, name)
+
+    @property
     def W_q(self) -> torch.Tensor:
         """The codes again: by this name PEFT's DoRA knows a layer that has `dequantize`."""
         return self.weight
@@ -94,7 +100,7 @@ class FrozenLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(kind))
         rows = x.reshape(-1, self.in_features)
         y: torch.Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            rows, self.storage.name, self.in_features, *self.packed
+            rows, self.multiplied, self.in_features, *self.packed
         )
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)

@@ -25,8 +25,8 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Joined:
-    """Layers of `model.lora` as one product. Each layer's weight becomes a view of the whole; the
-    layer that is called first computes for all."""
+    """Layers of `model.lora` as one product, in training. Each layer's weight becomes a view of the
+    whole; the layer that is called first computes for all."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)

@@ -100,7 +100,8 @@ def _fused() -> Any:
             if not plain or self.active_adapters != [self.fused_adapter]:
                 result: torch.Tensor = super().forward(x, *args, **kwargs)
                 return result
-            y = _forward(self, x) if self.group is None else self.group.output(self, x)
+            alone = self.group is None or not self.training
+            y = _forward(self, x) if alone else self.group.output(self, x)
             return y if self.base_layer.bias is None else y + self.base_layer.bias.to(y.dtype)
 
     return FusedLinear
@@ -122,11 +123,12 @@ def product(
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     name, base = module.fused_adapter, module.base_layer
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    packed = base.packed if isinstance(base, FrozenLinear) else cast(Packed, (base.weight,))
-    if not isinstance(base, FrozenLinear):
+    storage, packed = PLAIN.name, cast(Packed, (base.weight,))
+    if isinstance(base, FrozenLinear):
+        storage, packed = base.multiplied, base.packed
+    else:
         x = x.to(base.weight.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    y = product(rows, a, b, module.scaling[name], storage_of(base), packed)
+    y = product(x.reshape(-1, x.shape[-1]), a, b, module.scaling[name], storage, packed)
     return y.view(*x.shape[:-1], -1)
 
 

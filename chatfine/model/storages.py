@@ -9,6 +9,10 @@
               products on cards of compute capability 8.9 and later
     nf4-fp8   stored as nf4, unpacked to 8-bit floats and multiplied as those
 
+Rounding the other factor makes training fast and is noise to it. What is measured and answered is
+the rounded weight, multiplied exactly: of the loss of SmolLM2-135M on Chinese questions, 1.3 %
+higher in fp8, half came from that noise.
+
 LLM.int8() (Dettmers et al. 2022) rounds the activations to 8 bits too and keeps columns with
 outliers beyond a threshold apart. With int8 and nf4 here only the weight is rounded: the product is
 exact in the activations' format, needs no threshold, and its gradient is that of the same product.
@@ -184,7 +188,10 @@ class Fp8(Storage):
     def unpack(self, packed: Packed, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """The rounded weight."""
         codes, scales = packed[:2]
-        return (codes.view(E4M3).float() * scales.view(torch.float32)).to(dtype)
+        weight = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+        # every e4m3 number is a bf16 one; the product is taken in float32 and rounded as it is
+        # written
+        return torch.mul(codes.view(E4M3).to(dtype), scales.view(torch.float32), out=weight)
 
     def shapes(
         self, out_features: int, in_features: int
@@ -222,6 +229,20 @@ class Fp8(Storage):
         return turned.view(E4M3), packed[1].view(torch.float32)
 
 
+class ExactFp8(Fp8):
+    """`Fp8` whose products are those of the rounded weight: the other factor stays as it is."""
+
+    name = "fp8-exact"
+
+    def product(self, x: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
+        """See `Storage.product`."""
+        return Storage.product(self, x, packed, in_features)
+
+    def product_back(self, grad: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
+        """See `Storage.product_back`."""
+        return Storage.product_back(self, grad, packed, in_features)
+
+
 class NF4Fp8(NF4, Fp8):
     """Stored as NF4; unpacked to e4m3 numbers, whose rounding is small beside that of 4 bits, and
     multiplied as `Fp8` does."""
@@ -254,7 +275,11 @@ class NF4Fp8(NF4, Fp8):
 
 
 PLAIN = Plain()
-STORAGES: dict[str, Storage] = {one.name: one for one in (Int8(), NF4(), Fp8(), NF4Fp8())}
+STORAGES: dict[str, Storage] = {
+    one.name: one for one in (Int8(), NF4(), Fp8(), ExactFp8(), NF4Fp8())
+}
+EXACT = {"fp8": "fp8-exact", "nf4-fp8": "nf4"}
+"""Storages that round the other factor too → the same weight, multiplied exactly."""
 UNPACKED = ("int8", "nf4", "nf4-fp8")
 """Those whose weight is written in another format before it is multiplied."""
 

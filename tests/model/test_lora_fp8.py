@@ -217,3 +217,23 @@ def test_a_layer_that_is_switched_off_is_its_base() -> None:
     with model.disable_adapter():
         assert distance(model(x), x @ weight.t()) < 0.06
     assert distance(model(x), exact(model, x)) < 0.06
+
+
+@pytest.mark.parametrize(("storage", "turned"), KINDS)
+def test_what_is_measured_and_answered_is_the_rounded_weight_exactly(
+    storage: str, turned: bool
+) -> None:
+    model = adapted(storage, turned, 0.05)
+    grouped(model)
+    x, direction = states()
+    wanted = exact(model, x)
+    assert distance(model(x), wanted) > 1e-3
+    model.eval()
+    torch.testing.assert_close(model(x), wanted, atol=1e-5, rtol=1e-4)
+    got, slow = (torch.autograd.grad(y, x, direction)[0] for y in (model(x), wanted))
+    torch.testing.assert_close(got, slow, atol=1e-7, rtol=1e-4)
+    with model.disable_adapter():
+        weight = torch.cat([layer.base_layer.dequantize() for layer in layers_of(model)])
+        torch.testing.assert_close(model(x), x @ weight.t(), atol=1e-5, rtol=1e-4)
+    model.train()
+    assert distance(model(x), wanted) > 1e-3

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from chatfine.model.storages import E4M3, E4M3_MAX, FP8_SMALLEST
+from chatfine.model.fp8 import E4M3, E4M3_MAX, FP8_SMALLEST
 
 LONGEST_ROW = 65536
 

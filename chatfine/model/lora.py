@@ -16,16 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from chatfine.model.fp8 import multiplies_fp8
 from chatfine.model.frozen import FrozenLinear
-from chatfine.model.storages import (
-    PLAIN,
-    STORAGES,
-    Fp8,
-    Packed,
-    Storage,
-    multiplies_fp8,
-    unpacked_again,
-)
+from chatfine.model.storages import PLAIN, STORAGES, Fp8, Packed, Storage, unpacked_again
 
 
 def install(model: nn.Module) -> int:

@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from chatfine.model import adapters, lora, storages
+from chatfine.model.fp8 import E4M3, E4M3_MAX
 from chatfine.model.frozen import FrozenLinear
 from chatfine.model.lora_fp8 import ALIGNMENT, Groups, tail_width
-from chatfine.model.storages import E4M3, E4M3_MAX
 
 RANK, SCALE, SIZE = 16, 2.0, 256
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from chatfine.model import storages
+from chatfine.model.fp8 import E4M3, E4M3_MAX, round_rows
 from chatfine.model.fp8_rows import fp8_rows
 from chatfine.model.frozen import FrozenLinear
-from chatfine.model.storages import E4M3, E4M3_MAX, FP8_ROOM, STORAGES, nf4_values, round_rows
+from chatfine.model.storages import FP8_ROOM, STORAGES, nf4_values
 
 SHAPES = [(64, 64), (48, 192), (16, 96)]
 

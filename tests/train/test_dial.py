@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -292,7 +293,10 @@ def test_auto_takes_8_bit_floats_where_the_card_has_them(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    _, found, need = fit(EVERYTHING, quantize="auto")
+    assert fit(EVERYTHING, quantize="auto", compile="off")[1].quantize == "none"
+    fit = functools.partial(fit, compile="on")
+    _, found, plain = fit(EVERYTHING, quantize="auto")
+    need = functools.partial(plain, compile=True)
     assert (found.quantize, found.second_copy, found.recompute_layers) == ("fp8", True, 0)
     store = {"quantize": "fp8", "rows": 4, "accumulate": 4}
     # a second copy of all weights saves less than the layers it would make compute again
@@ -304,6 +308,24 @@ def test_auto_takes_8_bit_floats_where_the_card_has_them(
     least = need(quantize="fp8", rows=1, accumulate=16, recompute_layers=LAYERS, offload=True)
     assert fit(least + 1, quantize="auto")[1].quantize == "fp8"
     assert fit(least - 1e7, quantize="auto")[1].quantize == cards()[1]
+
+
+@pytest.mark.parametrize(("steps", "changes", "wanted"), [
+    (120, {}, False), (130, {}, True), (60, {"accumulate": 2}, False),
+    (65, {"accumulate": 2}, True), (130, {"compile": "off"}, False), (1, {"compile": "on"}, True), (1, {"quantize": "fp8"}, True),
+    (130, {"method": "dora"}, False),
+])  # fmt: skip
+def test_what_repays_it_is_compiled(
+    configure: Configure, more_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, steps: int, changes: dict[str, Any], wanted: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(deciding, "has_compiler", lambda: True)
+    rows = more_rows(tmp_path / "many.jsonl", 20)
+    settings = {"dataset": str(rows), "packing": "on", "max_length": 512, "max_steps": steps}
+    prepared = prepare(configure(**settings | changes))
+    start = Decisions("cuda", "bfloat16", 1, prepared.config.accumulate, True, 0)
+    assert deciding._compiles(prepared, SEVEN_B, start) == wanted
+    assert not deciding._compiles(prepared, SEVEN_B, dataclasses.replace(start, packing=False))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a CUDA device")

@@ -312,7 +312,8 @@ def test_auto_takes_8_bit_floats_where_the_card_has_them(
 
 @pytest.mark.parametrize(("steps", "changes", "wanted"), [
     (120, {}, False), (130, {}, True), (60, {"accumulate": 2}, False),
-    (65, {"accumulate": 2}, True), (130, {"compile": "off"}, False), (1, {"compile": "on"}, True), (1, {"quantize": "fp8"}, True),
+    (65, {"accumulate": 2}, True), (130, {"compile": "off"}, False),
+    (1, {"compile": "on"}, True), (1, {"quantize": "fp8"}, True),
     (130, {"method": "dora"}, False),
 ])  # fmt: skip
 def test_what_repays_it_is_compiled(

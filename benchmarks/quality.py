@@ -24,7 +24,8 @@ import gpu
 import inputs
 import psutil
 import quality_report
-from quality_report import STORAGES, Result
+from quality_report import BASE, STORAGES, Result
+from safetensors import SafetensorError
 
 from chatfine import console
 from chatfine.train.metrics import read_metrics
@@ -103,6 +104,14 @@ def our_words(data: Path, storage: str, seed: int, output: Path, options: Any) -
     ]  # fmt: skip
 
 
+def whole_words(data: Path, output: Path, options: Any) -> list[str]:
+    """`chatfine eval` of a run's adapter on the bf16 weights that its base was rounded from."""
+    return [
+        "-m", "chatfine", "eval", "--json", str(output), "-d", str(data / "validation.jsonl"),
+        "--quantize", "none", "--dtype", "bf16", "--max-length", str(options.max_length),
+    ]  # fmt: skip
+
+
 def read_points(log: Path) -> list[list[float]]:
     """Step, tokens so far and validation loss of each evaluation in a metrics.jsonl."""
     points, tokens = [], 0
@@ -111,6 +120,38 @@ def read_points(log: Path) -> list[list[float]]:
         if "val_loss" in line:
             points.append([line["step"], tokens, line["val_loss"]])
     return points
+
+
+def keep_last(output: Path, step: int) -> None:
+    """Make the adapter of a run that of its last step.
+
+    chatfine keeps that of the best evaluation, but compared are losses after the last step.
+    """
+    from safetensors.torch import load_file, save_file
+
+    adapter = output / "adapter/adapter_model.safetensors"
+    weights = load_file(output / f"checkpoints/step-{step:08d}/weights.safetensors")
+    renamed = {name.replace(".default.", "."): tensor for name, tensor in weights.items()}
+    if renamed.keys() != load_file(adapter).keys():
+        raise ValueError("checkpoint and adapter have other names")
+    save_file(renamed, adapter, metadata={"format": "pt"})
+
+
+def whole(
+    output: Path, data: Path, place: Sequence[str], best: int, options: Any
+) -> tuple[float | None, str]:
+    """Loss on the bf16 weights with the adapter of the last step, or why there is none."""
+    work = output.parent / "whole"  # the training's own output stays
+    work.mkdir()
+    try:
+        if best != options.steps:
+            keep_last(output, options.steps)
+    except (OSError, ValueError, SafetensorError) as error:
+        return None, f"no adapter of the last step: {error}"
+    words = [*place, sys.executable, *whole_words(data, output, options)]
+    ended = gpu.watch(words, work / "no-log", work, options.timeout, options.work / "cache")
+    loss = ended.result.get("loss")
+    return loss, ended.error or ("" if loss is not None else "eval gave no loss")
 
 
 def train(name: str, storage: str, seed: int, card: str | None, options: Any) -> Result:
@@ -133,6 +174,10 @@ def train(name: str, storage: str, seed: int, card: str | None, options: Any) ->
         decided = json.loads((output / "decisions.json").read_text(encoding="utf-8"))["decided"]
     fp8 = decided["quantize"] == "fp8" or decided.get("fp8_products")
     said = (work / "stderr").read_text(encoding="utf-8", errors="replace")
+    whole_loss, whole_error = None, ""
+    if not error and decided["quantize"] != BASE:
+        best = ended.result.get("best_step", options.steps)
+        whole_loss, whole_error = whole(output, options.work / name, place, best, options)
     shutil.rmtree(output, ignore_errors=True)
     return Result(
         data=name, storage=storage, seed=seed, stored=decided["quantize"],
@@ -141,7 +186,7 @@ def train(name: str, storage: str, seed: int, card: str | None, options: Any) ->
         train_seconds=ended.result.get("seconds"),
         tokens_per_second=ended.result.get("tokens_per_second"),
         peak_bytes=ended.result.get("peak_memory_bytes"), error=error, card=options.card,
-        command=" ".join(words),
+        command=" ".join(words), whole_loss=whole_loss, whole_error=whole_error,
     )  # fmt: skip
 
 
@@ -194,7 +239,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="runs at the same time on one card")
     add("--gpus", default="", help="numbers of cards with commas; the default is the first")
     add("--work", type=Path, help="folder for data and runs; the default is temporary")
-    add("--timeout", type=float, default=600, help="seconds a run may take")
+    add("--timeout", type=float, default=600, help="seconds a run may take, and the eval after it")
     add("--join", type=Path, action="append", default=[],
         help="a quality.json to go on from: what succeeded there is not run again")  # fmt: skip
     options = parser.parse_args(words)

@@ -18,7 +18,7 @@ GOALS = {"fp8": 0.5, "nf4": 1.5}
 """Per cent that the final validation loss may lie above bf16's, in the mean over the seeds."""
 COLOURS = {BASE: "#525252", "fp8": "#08519c", "nf4": "#d94801"}
 COLUMNS = ("data", "storage", "products", "seeds", "final validation loss", "to bf16, mean %",
-           "worst %", "goal %", "")  # fmt: skip
+           "worst %", "goal %", "on bf16 weights, mean %", "")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class Result:
         products: the number format in which frozen weights were multiplied.
         points: step, tokens so far and validation loss of each evaluation.
         error: why the run did not come to its end.
+        whole_loss: the final loss if the adapter is put on the bf16 weights instead of the rounded
+            ones; None where it was not measured, as in files of before it was.
+        whole_error: why that could not be measured, which is no failure of the run.
     """
 
     data: str
@@ -46,6 +49,8 @@ class Result:
     error: str
     card: str
     command: str
+    whole_loss: float | None = None
+    whole_error: str = ""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -88,6 +93,16 @@ def differences(
     }
 
 
+def whole_differences(results: Sequence[Result], data: str, storage: str) -> list[float]:
+    """Per cent that losses on bf16 weights lie above the final one of bf16's run of the seed."""
+    base = {seed: one.final for seed, one in chosen(results, data, BASE).items()}
+    return [
+        100 * (one.whole_loss / final - 1)
+        for seed, one in chosen(results, data, storage).items()
+        if one.whole_loss is not None and (final := base.get(seed))
+    ]
+
+
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     """What the seeds of each data set and storage come to."""
     rows = []
@@ -99,9 +114,11 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             curves = differences(results, data, storage).values()
             apart = [over[max(over)] for over in curves if over]
             instead = {one.stored for one in runs if one.final is not None} - {storage}
+            whole = whole_differences(results, data, storage)
             goal, outcome = GOALS.get(storage), ""
             if instead:
                 outcome, apart = f"not measured: stored as {', '.join(sorted(instead))}", []
+                whole = []
             elif goal is not None and apart:
                 outcome = "met" if statistics.fmean(apart) <= goal else "missed"
             rows.append({
@@ -111,6 +128,7 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
                 "spread": statistics.stdev(finals) if len(finals) > 1 else None,
                 "difference": statistics.fmean(apart) if apart else None,
                 "worst": max(apart, default=None), "goal": goal, "outcome": outcome,
+                "whole": statistics.fmean(whole) if whole else None, "whole_seeds": len(whole),
             })  # fmt: skip
     return rows
 
@@ -120,8 +138,13 @@ def line(result: Result) -> str:
     head = f"{result.data}  {STORAGES[result.storage]}, seed {result.seed}: "
     if result.final is None:
         return head + f"failed, {result.error}"
+    tail = ""
+    if result.whole_loss is not None:
+        tail = f"; {result.whole_loss:.4f} on bf16 weights"
+    elif result.whole_error:
+        tail = f"; not measured on bf16 weights, {result.whole_error}"
     return head + (f"validation loss {result.final:.4f} after {result.points[-1][0]:,} steps, "
-                   f"{number(result.train_seconds, '.1f')} s")  # fmt: skip
+                   f"{number(result.train_seconds, '.1f')} s{tail}")  # fmt: skip
 
 
 def cells(row: dict[str, Any], results: Iterable[Result]) -> list[list[str]]:
@@ -130,14 +153,18 @@ def cells(row: dict[str, Any], results: Iterable[Result]) -> list[list[str]]:
     if row["spread"] is not None:
         shown += f" ± {row['spread']:.4f}"
     own = row["storage"] != BASE
+    whole = number(row["whole"], "+.2f")
+    if 0 < row["whole_seeds"] < row["seeds"]:  # a mean over other seeds than its neighbour
+        whole += f" ({row['whole_seeds']} of {row['seeds']})"
     lines = [[row["data"], STORAGES[row["storage"]], row["products"], str(row["seeds"]), shown,
               number(row["difference"] if own else None, "+.2f"),
               number(row["worst"] if own else None, "+.2f"), number(row["goal"], "g"),
-              row["outcome"]]]  # fmt: skip
+              whole, row["outcome"]]]  # fmt: skip
     for one in results:
         if one.error and one.key[:2] == (row["data"], row["storage"]):
             failed = f"failed: {one.error}".replace("|", "/")
-            lines.append([one.data, f"{STORAGES[one.storage]}, seed {one.seed}", *"––––––", failed])
+            name = f"{STORAGES[one.storage]}, seed {one.seed}"
+            lines.append([one.data, name, *"–––––––", failed])
     return lines
 
 
@@ -155,7 +182,8 @@ def table(results: Sequence[Result], facts: dict[str, Any]) -> str:
              f"learning rate {made['learning_rate']:g}, layers {layers}. The loss is that of "
              "held-out answers in nats a token after the last step, mean ± standard deviation over "
              "the seeds. A difference is that to bf16 with the same seed; its mean over the seeds "
-             "is held against the goal.", ""]  # fmt: skip
+             "is held against the goal. *On bf16 weights* is the same difference if the adapter is "
+             "used on weights that are not rounded.", ""]  # fmt: skip
     for name, size in facts["data"].items():
         ends = [one.points[-1][1] for one in results if one.data == name and one.final is not None]
         epochs = f", {max(ends) / size['tokens']:.1f} epochs" if ends else ""
@@ -164,7 +192,7 @@ def table(results: Sequence[Result], facts: dict[str, Any]) -> str:
     if " and " in cards:
         lines += ["", "**Several cards: a difference may be theirs.**"]
     rows = [line for row in summary(results) for line in cells(row, results)]
-    return "\n".join([*lines, "", *markdown(COLUMNS, rows, (0, 1, 2, 8)), ""])
+    return "\n".join([*lines, "", *markdown(COLUMNS, rows, (0, 1, 2, 9)), ""])
 
 
 def draw(results: Sequence[Result], file: Path) -> None:

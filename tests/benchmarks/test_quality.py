@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import torch as safetensors
 
 from chatfine import cli
-from chatfine.config import TrainConfig
+from chatfine.config import EvalConfig, TrainConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 gpu = importlib.import_module("gpu")
@@ -69,14 +71,25 @@ def words(model: Path, data: Path, out: Path, *more: str) -> list[str]:
             *more]  # fmt: skip
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float]) -> list[list[str]]:
-    """Let every run end at once; storages without a loss fail. Returns the commands."""
+def fake(
+    monkeypatch: pytest.MonkeyPatch,
+    losses: dict[str, float],
+    whole: float | None = None,
+    best: int = 4,
+) -> list[list[str]]:
+    """Let every run end at once; storages without a loss fail, and evaluations without `whole`.
+    Returns the commands."""
     commands: list[list[str]] = []
 
     def watch(command: list[str], log: Path, work: Path, timeout: float, home: Path) -> Any:
         commands.append(command)
         storage = command[command.index("--quantize") + 1]
         (work / "stderr").write_text("", encoding="utf-8")
+        if "eval" in command:
+            assert not log.exists()
+            assert (work.parent / "run/decisions.json").is_file(), "the run is still there"
+            failed = gpu.Ended(None, {}, "ended after 600 s")
+            return failed if whole is None else gpu.Ended(None, {"loss": whole}, "")
         if storage not in losses:
             return gpu.Ended(None, {}, "ValueError: no | such thing")
         log.parent.mkdir()
@@ -85,7 +98,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float]) -> list[list
         decided = {"decided": {"quantize": storage, "dtype": "bfloat16", "compile": False,
                                "fp8_products": storage == "nf4"}}  # fmt: skip
         (log.parent / "decisions.json").write_text(json.dumps(decided), encoding="utf-8")
-        return gpu.Ended(1.0, {"seconds": 2.0}, "")
+        return gpu.Ended(1.0, {"seconds": 2.0, "best_step": best}, "")
 
     monkeypatch.setattr(gpu, "watch", watch)
     return commands
@@ -101,6 +114,12 @@ def test_chatfine_understands_the_command_line(tiny: Path, dialogues: Path, tmp_
     assert (config.max_length, config.batch_size, config.compile) == (1024, 2, "on")
     other = quality.our_words(dialogues, "fp8", 2, tmp_path / "run", options)
     assert [one for one in shown if one not in other] == ["nf4"], "only the storage differs"
+    shown = quality.whole_words(dialogues, tmp_path / "run", options)
+    measured = EvalConfig.read(*cli.settings("eval", shown[4:]))
+    assert shown[:4] == ["-m", "chatfine", "eval", "--json"]
+    assert measured.model == str(tmp_path / "run")
+    assert measured.dataset == (str(dialogues / "validation.jsonl"),)
+    assert (measured.quantize, measured.dtype, measured.max_length) == ("none", "bf16", 1024)
 
 
 def test_held_out_examples_are_not_learned_from(
@@ -169,18 +188,44 @@ def test_a_card_without_fp8_meets_nothing() -> None:
 def test_the_table() -> None:
     failed = run("nf4", 2, 3.0, error="ended | after 600 s")
     page = report.table([*RUNS, failed], FACTS)
-    assert "| MTS-Dialog | bf16 | bf16 | 2 | 2.1000 ± 0.1414 | – | – | – |  |" in page
-    assert "| fp8 | bf16 | 2 | 2.1050 ± 0.1344 | +0.25 | +0.50 | 0.5 | met |" in page
-    assert "| NF4 | bf16 | 2 | 2.1430 ± 0.1739 | +2.00 | +3.00 | 1.5 | missed |" in page
-    assert "| NF4, seed 2 | – | – | – | – | – | – | failed: ended / after 600 s |" in page
+    assert "| MTS-Dialog | bf16 | bf16 | 2 | 2.1000 ± 0.1414 | – | – | – | – |  |" in page
+    assert "| fp8 | bf16 | 2 | 2.1050 ± 0.1344 | +0.25 | +0.50 | 0.5 | – | met |" in page
+    assert "| NF4 | bf16 | 2 | 2.1430 ± 0.1739 | +2.00 | +3.00 | 1.5 | – | missed |" in page
+    assert "| NF4, seed 2 | – | – | – | – | – | – | – | failed: ended / after 600 s |" in page
     assert "- MTS-Dialog: 90 examples of 20,000 tokens, 2.0 epochs; 10 held out" in page
     assert "layers compiled" in page
     shapes = Counter(line.count("|") for line in page.splitlines() if line.startswith("|"))
-    assert shapes == {10: 6}
+    assert shapes == {11: 6}
     assert "Several cards" not in page
     mixed = report.table([*RUNS, replace(failed, card="another", compiled=False, error="")], FACTS)
     assert "Several cards" in mixed
     assert "partly compiled" in mixed
+
+
+def test_the_column_of_the_bf16_weights() -> None:
+    fp8 = [replace(one, whole_loss=loss) for one, loss in zip(RUNS[2:4], (2.02, 2.2), strict=True)]
+    runs = [*RUNS[:2], *fp8, RUNS[4], replace(RUNS[5], whole_loss=2.222)]
+    page = report.table(runs, FACTS)
+    assert page.count("| goal % | on bf16 weights, mean % |  |") == 1
+    assert "| +0.25 | +0.50 | 0.5 | +0.50 | met |" in page, "of 1 % and 0 %, by seed"
+    assert "| +2.00 | +3.00 | 1.5 | +1.00 (1 of 2) | missed |" in page
+    assert report.summary(runs[1:])[1]["whole"] == pytest.approx(0), "seed 0 has no bf16 run"
+    assert report.summary(runs[2:])[0]["whole"] is None
+    instead = report.summary([RUNS[0], replace(fp8[0], stored="none")])[1]
+    assert (instead["whole"], instead["whole_seeds"]) == (None, 0)
+    assert report.line(fp8[0]).endswith("20 steps, 5.0 s; 2.0200 on bf16 weights")
+    assert report.line(RUNS[2]).endswith("20 steps, 5.0 s")
+    failed = replace(RUNS[2], whole_error="ended after 600 s")
+    assert report.line(failed).endswith("s; not measured on bf16 weights, ended after 600 s")
+
+
+def test_files_of_before_that_column_are_read(tmp_path: Path) -> None:
+    report.write(tmp_path, RUNS, FACTS)
+    values = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))
+    for one in values["results"]:
+        del one["whole_loss"], one["whole_error"]
+    (tmp_path / "quality.json").write_text(json.dumps(values), encoding="utf-8")
+    assert report.read(tmp_path / "quality.json") == (RUNS, FACTS["settings"])
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -202,16 +247,51 @@ def test_a_failed_run_is_a_row_and_is_run_again(
         ("none", 0), ("none", 1), ("fp8", 0), ("fp8", 1), ("nf4", 0), ("nf4", 1)
     ]  # fmt: skip
     page = (out / "quality.md").read_text(encoding="utf-8")
-    assert "| fp8, seed 0 | – | – | – | – | – | – | failed: ValueError: no / such thing |" in page
-    assert "| NF4 | fp8 | 2 | 2.1000 ± 0.0000 | +5.00 | +5.00 | 1.5 | missed |" in page
+    assert (
+        "| fp8, seed 0 | – | – | – | – | – | – | – | failed: ValueError: no / such thing |" in page
+    )
+    assert "| NF4 | fp8 | 2 | 2.1000 ± 0.0000 | +5.00 | +5.00 | 1.5 | – | missed |" in page
 
     join = ("--join", str(out / "quality.json"))
-    commands = fake(monkeypatch, {"fp8": 2.0})
+    commands = fake(monkeypatch, {"fp8": 2.0}, 2.02)
     joined = quality.main(words(tiny, dialogues, tmp_path / "again", "--seeds", "0,1", *join))
-    assert len(commands) == 2, "only the failed ones"
+    assert ["eval" in one for one in commands] == [False, True] * 2, "only the failed ones"
     assert [one.final for one in joined] == [2.0] * 4 + [2.1] * 2
+    assert [one.whole_loss for one in joined] == [None] * 2 + [2.02] * 2 + [None] * 2
     with pytest.raises(SystemExit):
         quality.arguments(words(tiny, dialogues, out, "--rank", "8", *join))
+
+
+def test_a_failed_evaluation_is_no_failed_run(
+    tiny: Path, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = fake(monkeypatch, {"none": 2.0, "nf4": 2.1})
+    more = ("--storages", "none,nf4", "--seeds", "0", "--gpus", "3")
+    base, nf4 = quality.main(words(tiny, dialogues, tmp_path / "a", *more))
+    assert ["eval" in one for one in commands] == [False, False, True], "not the bf16 run's"
+    assert commands[2][:3] == ["env", "CUDA_VISIBLE_DEVICES=3", sys.executable]
+    assert (nf4.final, nf4.error, nf4.whole_loss) == (2.1, "", None)
+    assert (base.whole_error, nf4.whole_error) == ("", "ended after 600 s")
+    commands = fake(monkeypatch, {"nf4": 2.1}, 2.0, best=2)
+    (nf4,) = quality.main(words(tiny, dialogues, tmp_path / "b", *more, "--storages", "nf4"))
+    assert len(commands) == 1, "the checkpoint that it needs is not there"
+    assert (nf4.final, nf4.whole_loss) == (2.1, None)
+    assert nf4.whole_error.startswith("no adapter of the last step: ")
+
+
+def test_the_adapter_of_the_last_step(tmp_path: Path) -> None:
+    save, load = safetensors.save_file, safetensors.load_file
+    checkpoint = tmp_path / "checkpoints/step-00000004"
+    for folder in (checkpoint, tmp_path / "adapter"):
+        folder.mkdir(parents=True)
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    save({"q.lora_A.weight": torch.zeros(2)}, file)
+    save({"q.lora_A.default.weight": torch.ones(2)}, checkpoint / "weights.safetensors")
+    quality.keep_last(tmp_path, 4)
+    assert load(file)["q.lora_A.weight"].tolist() == [1, 1]
+    save({"q.lora_B.default.weight": torch.ones(2)}, checkpoint / "weights.safetensors")
+    with pytest.raises(ValueError, match="other names"):
+        quality.keep_last(tmp_path, 4)
 
 
 def test_runs_are_dealt_out_to_the_cards(
@@ -250,4 +330,7 @@ def test_a_tiny_run(tiny: Path, dialogues: Path, tmp_path: Path) -> None:
     assert [tokens for _, tokens, _ in base.points] == [tokens for _, tokens, _ in nf4.points]
     assert base.final != nf4.final
     assert nf4.train_seconds > 0
+    assert (base.whole_loss, nf4.whole_error) == (None, "")
+    assert nf4.whole_loss != nf4.final
+    assert nf4.whole_loss == pytest.approx(base.final, rel=0.02)
     assert (out / "quality.png").is_file()

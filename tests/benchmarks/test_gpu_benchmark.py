@@ -215,7 +215,8 @@ def test_a_tiny_run_of_ours(tmp_path: Path) -> None:
              "--work", tmp_path / "work", "--tokenizer", tokenizer, "--timeout", "120"]  # fmt: skip
     (result,) = gpu.main([str(word) for word in words])
     assert result.error == ""
-    assert [tokens for tokens, _ in result.steps] == [128] * 5, "two full rows of 64 tokens"
+    steps = result.warm_up + 2
+    assert [tokens for tokens, _ in result.steps] == [128] * steps, "two full rows of 64 tokens"
     assert result.tokens_per_second > 0
     assert result.peak_bytes > 0
     assert 0 < result.first_step_seconds < 120

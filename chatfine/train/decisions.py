@@ -36,6 +36,8 @@ WORTH_COMPILING = 4000
 """Passes of a layer, forward and back, over a micro-batch from which on compiling (8 to 10 s on an
 H100) pays: each saved 4.5 to 6.6 ms there, with 135M as with 7B, 8,192 tokens or twice as many."""
 
+EVALUATED = 2048
+"""An evaluation takes rows of --max-length, or of so many tokens if that is less."""
 WITHOUT_FP8 = {"fp8": "none"}
 """What is stored instead where the device can't multiply 8-bit floats."""
 
@@ -323,6 +325,7 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
         quantize=decisions.quantize, second_copy=decisions.second_copy,
         fp8_products=decisions.fp8_products, compile=decisions.compile,
         accumulate=decisions.accumulate,
+        evaluated=max(prepared.max_length, EVALUATED) if data.validation is not None else 0,
         virtual_tokens=config.learned_tokens,
         row_parameters=prepared.row_parameters,
         sharing=decisions.processes if decisions.sharding != "none" else 1,

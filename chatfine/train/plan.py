@@ -13,7 +13,7 @@ from typing import Any
 
 from chatfine.train import plan_activations as activations
 
-OVERHEAD_BYTES = {"cpu": 430e6, "cuda": 300e6, "mps": 300e6}
+OVERHEAD_BYTES = {"cpu": 480e6, "cuda": 300e6, "mps": 300e6}
 """What Python and the libraries take before anything is loaded, beside a CUDA context (CPU:
 resident memory). On a card these are workspaces of its libraries, 32 MiB each for the forward and
 the backward pass on every stream; recording a graph takes five streams."""
@@ -100,6 +100,7 @@ class Work:
     learning_bytes: int = 4  # of a number that learns; its gradient has as many
     moments_bytes: float = 8  # of its optimizer state
     accumulate: int = 1  # micro-batches of a step
+    evaluated: int = 0  # tokens of a micro-batch of an evaluation; 0 = there is none
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,8 +87,23 @@ def at_peak(
         Alive(inputs + layers(again) + again * a_layer + flight, max(early, of_head)),
         Alive(an_input(shapes, work) + layers(1) + a_layer + flight, max(early, all_but_last)),
         Alive(in_update, gradients),
+        _in_evaluation(shapes, work, gradients if replays else 0.0),
     )
     return max(times, key=lambda one: one.total)
+
+
+def _in_evaluation(shapes: Shapes, work: Work, gradients: float) -> Alive:
+    """While validation examples are measured, which keeps nothing but takes more tokens at once
+    than a step of short examples."""
+    if not work.evaluated:
+        return Alive(0.0, 0.0)
+    share = work.micro_labels / max(1, work.micro_tokens)
+    labels = max(1, round(work.evaluated * share))
+    forward = dataclasses.replace(
+        work, micro_tokens=work.evaluated, micro_labels=labels, compile=False
+    )
+    flight = in_flight(shapes, forward, work.evaluated)
+    return Alive(flight, gradients, head_bytes(shapes, forward))
 
 
 def _learns_last(shapes: Shapes, work: Work, reached: int) -> float:

@@ -20,7 +20,7 @@ from chatfine.runtime import pick_device, set_seed
 from chatfine.train import forecast, machine, steps
 from chatfine.train import plan as planning
 from chatfine.train.checkpoint import Checkpoint, CheckpointStore
-from chatfine.train.decisions import decide, work_of
+from chatfine.train.decisions import EVALUATED, decide, work_of
 from chatfine.train.distributed import Group, is_slice, own, own_rows, reshard, whole
 from chatfine.train.loop import Precision, Progress, Trainer
 from chatfine.train.methods import ADAPTERS
@@ -280,7 +280,7 @@ class Session:
         validation = self.prepared.data.validation
         if validation is None:
             return None
-        capacity = max(self.prepared.max_length, 2048)
+        capacity = max(self.prepared.max_length, EVALUATED)
         with self.precision.context():
             part = evaluate_loss(
                 self.measure,

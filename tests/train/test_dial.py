@@ -141,7 +141,7 @@ def fit(configure: Configure, more_rows: Callable[..., Path], tmp_path: Path) ->
         # an explicit card of that size; nothing of the machine enters
         with_context = (limit / machine.USABLE["cuda"] + machine.CONTEXT_BYTES) / 1e9
         settings = {"dataset": str(rows), "packing": "on", "max_length": 512, "batch_size": 0,
-                    "gpu_memory": with_context}  # fmt: skip
+                    "gpu_memory": with_context, "validation": "0"}  # fmt: skip
         prepared = prepare(configure(**settings | changes))
         wanted = Decisions("cuda", "bfloat16", 16, 1, True, 0)
         wanted = dataclasses.replace(wanted, compile=prepared.config.compile == "on")

@@ -245,6 +245,12 @@ def test_compiled_layers_keep_less() -> None:
     assert held > memory(method="full", recompute_layers=1, compile=True), "gradients of the first"
 
 
+def test_an_evaluation_is_the_most_where_steps_are_small() -> None:
+    small = {"micro_tokens": 128, "micro_labels": 64, "recompute_layers": 32}
+    assert memory(evaluated=2048, **small) > memory(**small)
+    assert memory(evaluated=2048, micro_tokens=16384) == memory(micro_tokens=16384)
+
+
 def test_blocks_of_logits_are_those_of_the_loss() -> None:
     assert planned.HEAD_BLOCK_BYTES == cross_entropy.HEAD_CHUNK_BYTES
 
@@ -306,7 +312,8 @@ BIG = dataclasses.replace(LLAMA_8B, layers=4, vocab=448)
 def test_auto_takes_smaller_micro_batches_before_recomputation(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared, wanted = decide_with(configure, tmp_path, 1e15, monkeypatch, batch_size=0)
+    alone: Any = {"batch_size": 0, "validation": "0"}  # an evaluation would be the most
+    prepared, wanted = decide_with(configure, tmp_path, 1e15, monkeypatch, **alone)
     assert (wanted.rows, wanted.accumulate, wanted.recompute_layers) == (8, 1, 0)
 
     def need(**changes: Any) -> float:
@@ -317,7 +324,7 @@ def test_auto_takes_smaller_micro_batches_before_recomputation(
              (need(rows=1, accumulate=8, recompute_layers=2), (1, 8, 2))]  # fmt: skip
     for free, chosen in cases:
         (prepared.run / "decisions.json").unlink()
-        _, found = decide_with(configure, tmp_path, free + 1, monkeypatch, batch_size=0)
+        _, found = decide_with(configure, tmp_path, free + 1, monkeypatch, **alone)
         assert (found.rows, found.accumulate, found.recompute_layers) == chosen
         assert found.rows * found.accumulate == 8
 

@@ -133,17 +133,18 @@ class Group(Joined):
     def _pack(self, bases: Sequence[Any]) -> Packed:
         codes = torch.cat([base.weight.detach() for base in bases])
         scales = torch.cat([base.scales.detach() for base in bases])
-        packed: Packed = (codes, scales)
         width = tail_width(self.in_features, sum(self.ranks))
         if self.storage == "fp8":
             codes = F.pad(codes, (0, width))
-            self.tail_b, packed = codes[:, self.in_features :], (codes, scales)
+            self.tail_b = codes[:, self.in_features :]
         else:
             self.tail_b = scales.new_zeros(len(codes), width)
+        packed: Packed = (codes, scales)
         width = tail_width(sum(self.outs), sum(self.ranks))
         if bases[0].turned is not None:
             turned = F.pad(torch.cat([base.turned for base in bases], 1), (0, width))
-            self.tail_a, packed = turned[:, sum(self.outs) :], (codes, scales, turned)
+            self.tail_a = turned[:, sum(self.outs) :]
+            packed += (turned,)
         else:
             self.tail_a = scales.new_zeros(self.in_features, width)
         parts = codes.split_with_sizes(self.outs), scales.split_with_sizes(self.outs)

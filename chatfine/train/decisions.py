@@ -192,7 +192,8 @@ def _compiles(prepared: Prepared, shapes: Shapes, decisions: Decisions) -> bool:
     work = work_of(prepared, decisions)
     passes = shapes.layers * work.tokens / max(1, work.micro_tokens) / decisions.processes
     # rounded to 8-bit floats by plain operations, products would take longer than in bf16
-    return possible and (prepared.config.quantize == "fp8" or passes >= WORTH_COMPILING)
+    fp8 = prepared.config.quantize == "fp8" and _has_fp8(torch.device("cuda"), decisions.dtype)
+    return possible and (fp8 or passes >= WORTH_COMPILING)
 
 
 def _has_fp8(device: torch.device, dtype: str) -> bool:

@@ -25,7 +25,7 @@ MORE_DOCUMENTS = 1.5
 deviations more. Beyond that layers are compiled anew."""
 LAUNCH_BOUND = 1.2e13
 """Floating-point operations of a layer's part of a micro-batch, forward and back, below which an
-H100 gains from a graph: 3 % at 1e13, half of the step and more below 1e12."""
+H100 gains from a graph: 1 to 4 % at 1e13, half of the step and more below 1e12."""
 BESIDE_GRAPH = 0.75
 """Share of a card that a run may fill and still be replayed: memory of a graph is not there for
 evaluations."""

@@ -321,12 +321,16 @@ def test_what_repays_it_is_compiled(
     tmp_path: Path, steps: int, changes: dict[str, Any], wanted: bool,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(deciding, "has_compiler", lambda: True)
+    monkeypatch.setattr(deciding, "fp8_works", lambda device: True)
     rows = more_rows(tmp_path / "many.jsonl", 20)
     settings = {"dataset": str(rows), "packing": "on", "max_length": 512, "max_steps": steps}
     prepared = prepare(configure(**settings | changes))
     start = Decisions("cuda", "bfloat16", 1, prepared.config.accumulate, True, 0)
     assert deciding._compiles(prepared, SEVEN_B, start) == wanted
     assert not deciding._compiles(prepared, SEVEN_B, dataclasses.replace(start, packing=False))
+    monkeypatch.setattr(deciding, "fp8_works", lambda device: False)  # then it is stored as bf16
+    plain = wanted and "quantize" not in changes
+    assert deciding._compiles(prepared, SEVEN_B, start) == plain
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a CUDA device")

@@ -69,6 +69,22 @@ class _Piecewise:
         return torch.cat([whole(piece) for piece in torch.split(x, self.piece_tokens, -2)], -2)
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Its class, without the pieces."""
+    kind = type(module)
+    return kind.__bases__[1] if isinstance(module, _Piecewise) else kind
+
+
+def give_class(module: nn.Module, kind: Any) -> None:
+    """Make `kind` its class; if it goes through pieces, it still does."""
+    module.__class__ = _in_pieces(kind) if isinstance(module, _Piecewise) else kind
+
+
+def in_pieces(module: nn.Module) -> bool:
+    """Whether it was given pieces."""
+    return isinstance(module, _Piecewise)
+
+
 @functools.cache
 def _in_pieces(kind: type[nn.Module]) -> type[nn.Module]:
     """The class `kind` in pieces. Modules of one class stay of one class, see `model.lora`."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from chatfine.model import joined, lora
+from chatfine.model import joined, lora, mlp
 from chatfine.model.fast import LossModel, causal_model, loss_sum
 from chatfine.model.lora_fp8 import Groups
 from chatfine.types import Batch
@@ -89,6 +89,7 @@ class CompiledLoss(LossModel):
         self.fixed: FixedInputs | None = fixed
         self.groups = Groups(model, lora.on_fp8(model))
         joined.join(model)
+        mlp.install(model)
         self.calls = 0  # since the shapes last changed
         self.checked = False  # whether the adapter as it is fits into 8-bit floats
         _keep_programs()

@@ -15,6 +15,8 @@ import torch
 from chatfine.model.fp8 import E4M3, E4M3_MAX, FP8_SMALLEST
 
 LONGEST_ROW = 65536
+ROWS = 8
+"""Of which one program writes an adapter's columns."""
 
 
 @torch.library.custom_op("chatfine::fp8_rows", mutates_args=())
@@ -56,6 +58,39 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes = x.new_empty((x.shape[0], x.shape[1] + width), dtype=torch.uint8)
     return codes, x.new_empty((x.shape[0], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("chatfine::fp8_columns", mutates_args=("codes",))
+def fp8_columns(
+    codes: torch.Tensor, scales: torch.Tensor, inner: torch.Tensor, unit: float, width: int
+) -> None:
+    """Write the columns of `fp8_rows` behind states that are codes already. What is larger than
+    their scale allows, twice 448 of it, becomes that.
+
+    Args:
+        codes: (N, K + width) bytes, whose last columns are written.
+        scales: (N, 1) of the rows.
+        inner, unit, width: as of `fp8_rows`.
+    """
+    kernel = _columns_kernel() if codes.is_cuda else None
+    if kernel is None:
+        high, low = split(inner.float() * unit / scales)
+        tail = torch.cat([one.view(torch.uint8) for one in (high, low, high)], 1)
+        codes[:, -width:] = torch.nn.functional.pad(tail, (0, width - tail.shape[1]))
+        return
+    rows, stride = codes.shape
+    rank = inner.shape[1]
+    kernel[(-(-rows // ROWS),)](
+        inner.contiguous(), codes.view(E4M3), scales, rows, stride, stride - width, rank, width,
+        unit, ROWS=ROWS, TAIL=max(16, 1 << (width - 1).bit_length()),
+    )  # fmt: skip
+
+
+@fp8_columns.register_fake
+def _(
+    codes: torch.Tensor, scales: torch.Tensor, inner: torch.Tensor, unit: float, width: int
+) -> None:
+    return None
 
 
 def split(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,3 +155,33 @@ def _kernel() -> Any:
         tl.store(begin + size + place, both.to(tl.float8e4nv), mask=place < width)
 
     return rows
+
+
+@functools.lru_cache(maxsize=1)
+def _columns_kernel() -> Any:
+    """The Triton program of `fp8_columns`, or None where Triton is missing."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    largest = tl.constexpr(E4M3_MAX)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def columns(  # type: ignore[no-untyped-def]
+        inner, codes, scales, rows, stride, begin, rank, width, unit,
+        ROWS: tl.constexpr, TAIL: tl.constexpr,
+    ):  # fmt: skip
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        place = tl.arange(0, TAIL)[None, :]
+        third = place // rank  # hi, lo, hi, nothing
+        there = row < rows
+        own = tl.load(inner + row * rank + place % rank, mask=there & (third < 3), other=0.0)
+        own = own.to(tl.float32) * unit / tl.load(scales + row, mask=there, other=1.0)
+        high = tl.minimum(tl.maximum(own, -largest), largest).to(tl.float8e4nv)
+        low = tl.minimum(tl.maximum(own - high.to(tl.float32), -largest), largest)
+        both = tl.where(third == 1, low, high.to(tl.float32)).to(tl.float8e4nv)
+        tl.store(codes + row * stride + begin + place, both, mask=there & (place < width))
+
+    return columns

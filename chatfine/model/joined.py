@@ -11,17 +11,20 @@ The slow twin is each layer by itself, in `model.lora`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from chatfine.model import lora
+from chatfine.model import chunked, lora
 from chatfine.model.storages import PLAIN, Packed
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of linears that read the same states, in the order in which they are called."""
+GATED = "self.down_proj(self.act_fn(self.gate_proj(x))*self.up_proj(x))"
+"""What the forward of most MLPs says, without spaces."""
 
 
 class Joined:
@@ -97,10 +100,23 @@ def together(model: nn.Module, layers: Iterable[Any]) -> list[list[Any]]:
     for parent in model.modules():
         for names in TOGETHER:
             some = [getattr(parent, name, None) for name in names]
-            if all(one in rest for one in some) and len({_kind(one) for one in some}) == 1:
+            # what one of them leaves for the next is nothing that a piece could compute again
+            apart = chunked.in_pieces(parent) and not is_gated(parent)
+            alike = all(one in rest for one in some) and len({_kind(one) for one in some}) == 1
+            if alike and not apart:
                 found.append(some)
                 rest = [one for one in rest if one not in some]
     return found + [[one] for one in rest]
+
+
+def is_gated(module: nn.Module) -> bool:
+    """Whether its own forward, as written, is down(act(gate(x)) · up(x)), for which `model.mlp` has
+    another way to say it."""
+    try:
+        written = inspect.getsource(chunked.own_class(module).forward)
+    except (OSError, TypeError):
+        return False
+    return GATED in "".join(written.split())
 
 
 def _kind(layer: Any) -> tuple[Any, ...]:

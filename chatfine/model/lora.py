@@ -89,13 +89,17 @@ def _fused() -> Any:
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             """See `_LoraLinear`."""
-            plain = not (self.disable_adapters or self.merged or args or kwargs)
-            if not plain or self.active_adapters != [self.fused_adapter]:
+            if args or kwargs or not self.is_fused():
                 result: torch.Tensor = super().forward(x, *args, **kwargs)
                 return result
             alone = self.group is None or not self.training
             y = _forward(self, x) if alone else self.group.output(self, x)
             return y if self.base_layer.bias is None else y + self.base_layer.bias.to(y.dtype)
+
+        def is_fused(self) -> bool:
+            """Whether the adapter it was made for is the one in charge."""
+            plain = not (self.disable_adapters or self.merged)
+            return plain and self.active_adapters == [self.fused_adapter]
 
     return FusedLinear
 

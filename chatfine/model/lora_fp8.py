@@ -34,6 +34,7 @@ ALIGNMENT = 64
 A_UNIT = 28.0
 """A starts within ± 1/√in (Kaiming) and is stored in units that make this ± 28: far from both ends
 of what 8-bit floats hold (448, 0.002)."""
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def tail_width(size: int, rank: int) -> int:
@@ -68,14 +69,12 @@ class LoraFp8(torch.autograd.Function):
     ) -> torch.Tensor:
         """See the class; what it keeps of the weight is what is packed."""
         count = len(weights) // 2
-        a = torch.cat(weights[:count]).to(x.dtype)
+        inner = F.linear(x, torch.cat(weights[:count]).to(x.dtype))  # (N, Σ rank)
         b = [one.to(x.dtype) for one in weights[count:]]
-        inner = F.linear(x, a)  # (N, Σ rank)
-        left, own = fp8_rows(x, inner, None, 1.0, tail_b.shape[1])
-        right, scales = _right(storage, packed, tail_b, x.shape[1])
+        left = fp8_rows(x, inner, None, 1.0, tail_b.shape[1])
         ctx.save_for_backward(x, inner, tail_a, *b, *packed)
         ctx.scale, ctx.storage, ctx.count = scale, storage, count
-        return multiply_fp8(left.view(E4M3), right, own, scales, x.dtype)
+        return product(left, storage, packed, tail_b, x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -83,23 +82,56 @@ class LoraFp8(torch.autograd.Function):
         x, inner, tail_a, *rest = ctx.saved_tensors
         b = rest[: ctx.count]
         packed = unpacked_again(ctx.storage, tuple(rest[ctx.count :]), grad)
-        grads = grad.split_with_sizes([len(one) for one in b], 1)
-        inners = inner.split_with_sizes([one.shape[1] for one in b], 1)
-        pairs = list(zip(grads, b, strict=True))
-        grad_inner = torch.cat([torch.mm(g, one) for g, one in pairs], 1) * ctx.scale
-        right, scales = _right_back(ctx.storage, packed, tail_a, x.shape[1])
-        left, own = fp8_rows(
-            grad, grad_inner, scales[:, 0], 1 / a_unit(x.shape[1]), tail_a.shape[1]
-        )
-        ones = torch.ones(1, 1, device=x.device)
-        grad_x = multiply_fp8(left.view(E4M3), right, own, ones, grad.dtype)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        grad_a = torch.mm(grad_inner.t(), x).to(wide)
-        found_a = grad_a.split_with_sizes([one.shape[1] for one in b])
-        found_b = [
-            torch.mm(g.t(), i).to(wide) * ctx.scale for g, i in zip(grads, inners, strict=True)
-        ]
-        return (grad_x, None, None, None, None, None, *found_a, *found_b)
+        grad_inner = inner_gradient(grad, b, ctx.scale)
+        left = fp8_rows(
+            grad, grad_inner, row_factors(ctx.storage, packed), 1 / a_unit(x.shape[1]),
+            tail_a.shape[1],
+        )  # fmt: skip
+        grad_x = product_back(left, ctx.storage, packed, tail_a, x)
+        found = adapter_gradients(grad, grad_inner, x, inner, b, ctx.scale)
+        return (grad_x, None, None, None, None, None, *found)
+
+
+def product(
+    left: Pair, storage: str, packed: Packed, tail_b: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """The output (N, Σ out) of x (N, in), of which `left` is the codes, with the adapter's columns
+    behind them, and their rows' scales."""
+    right, scales = _right(storage, packed, tail_b, x.shape[1])
+    return multiply_fp8(left[0].view(E4M3), right, left[1], scales, x.dtype)
+
+
+def product_back(
+    left: Pair, storage: str, packed: Packed, tail_a: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of x (N, in), where `left` is the output's."""
+    right = _right_back(storage, packed, tail_a, x.shape[1])
+    ones = torch.ones(1, 1, device=x.device)
+    return multiply_fp8(left[0].view(E4M3), right, left[1], ones, x.dtype)
+
+
+def inner_gradient(grad: torch.Tensor, b: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+    """Of all x Aᵢᵀ (N, Σ rank), from that of the outputs."""
+    grads = grad.split_with_sizes([len(one) for one in b], 1)
+    return torch.cat([torch.mm(g, one) for g, one in zip(grads, b, strict=True)], 1) * scale
+
+
+def adapter_gradients(
+    grad: torch.Tensor, grad_inner: torch.Tensor, x: torch.Tensor, inner: torch.Tensor,
+    b: Sequence[torch.Tensor], scale: float,
+) -> list[torch.Tensor]:  # fmt: skip
+    """Of all A, then of all B."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    ranks = [one.shape[1] for one in b]
+    grads = grad.split_with_sizes([len(one) for one in b], 1)
+    pairs = zip(grads, inner.split_with_sizes(ranks, 1), strict=True)
+    of_a = torch.mm(grad_inner.t(), x).to(wide).split_with_sizes(ranks)
+    return [*of_a, *(torch.mm(g.t(), i).to(wide) * scale for g, i in pairs)]
+
+
+def row_factors(storage: str, packed: Packed) -> torch.Tensor:
+    """By what a gradient's columns are multiplied before it is rounded: the weight's scales."""
+    return _storage(storage).fp8_scales(packed)[:, 0]
 
 
 def _storage(name: str) -> Fp8:
@@ -117,14 +149,12 @@ def _right(
     return codes, scales
 
 
-def _right_back(
-    storage: str, packed: Packed, tail: torch.Tensor, in_features: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _right_back(storage: str, packed: Packed, tail: torch.Tensor, in_features: int) -> torch.Tensor:
     if len(packed) > 2:
-        return packed[2].view(E4M3), packed[1].view(torch.float32)
-    codes, scales = _storage(storage).fp8(packed, in_features)
+        return packed[2].view(E4M3)
+    codes, _ = _storage(storage).fp8(packed, in_features)
     turned = codes[:, :in_features].view(torch.uint8).t()
-    return torch.cat((turned, tail), 1).view(E4M3), scales
+    return torch.cat((turned, tail), 1).view(E4M3)
 
 
 class Group(Joined):

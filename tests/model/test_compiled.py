@@ -14,9 +14,9 @@ from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatfine.data.batches import collate
-from chatfine.model import adapters, attention, cross_entropy, lora, storages
+from chatfine.model import adapters, attention, chunked, cross_entropy, lora, recompute, storages
 from chatfine.model.compiled import MIN_DOCUMENTS, CompiledLoss, FixedInputs, supports
-from chatfine.model.fast import LossModel
+from chatfine.model.fast import LossModel, causal_model
 from chatfine.model.frozen import FrozenLinear, linears_to_freeze
 from chatfine.model.graphs import WARM_RUNS, GraphedLoss
 from chatfine.types import IGNORE_INDEX, Batch, Example
@@ -274,6 +274,21 @@ def test_compiled_it_is_the_same_and_one_program_serves_all_layers() -> None:
     assert counters["stats"]["unique_graphs"] - before <= 2
     ours.train().give_up()
     agree(ours, plain.train(), batch_of(5, 9), 1e-4)
+
+
+@pytest.mark.usefixtures("rounds_both")
+@pytest.mark.parametrize("storage", [None, "nf4-fp8"])
+def test_compiled_layers_that_are_recomputed_in_pieces_learn_the_same(storage: str | None) -> None:
+    """Step after step: nothing may stay behind in one that the next would find."""
+    ours, whole = (
+        CompiledLoss(build(storage), FixedInputs(TOKENS, TOKENS)).train() for _ in range(2)
+    )
+    for layer in causal_model(whole.model).get_decoder().layers:
+        layer._compiled_call_impl = None
+    recompute.install(causal_model(ours.model), 2)
+    assert chunked.install(ours.model, TOKENS // 4)
+    for _ in range(4):
+        agree(ours, whole, batch_of(TOKENS), 1e-3)
 
 
 # -- the cross entropy -----------------------------------------------------------------------------

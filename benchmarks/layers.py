@@ -70,6 +70,8 @@ def build(layers: int, storage: str = "", peft: bool = False, mlp: bool = True) 
     model = adapters.attach(model, "lora", rank=16)
     if peft:
         lora.uninstall(model)
+        for module in model.modules():
+            vars(module).pop("fused_adapter", None)
     return model.train()
 
 

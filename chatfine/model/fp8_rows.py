@@ -7,12 +7,10 @@ codes. The twin in plain torch serves where there is no Triton.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 
 from chatfine.model.fp8 import E4M3, E4M3_MAX, FP8_SMALLEST
+from chatfine.model.fp8_kernels import kernels
 
 LONGEST_ROW = 65536
 ROWS = 8
@@ -35,15 +33,15 @@ def fp8_rows(
     Returns:
         Codes (N, K + width) as bytes and float32 scales (N, 1).
     """
-    kernel = _kernel() if x.is_cuda and x.shape[1] <= LONGEST_ROW else None
-    if kernel is None:
+    programs = kernels() if x.is_cuda and x.shape[1] <= LONGEST_ROW else None
+    if programs is None:
         return _plain(x, inner, factors, unit, width)
     rows, size = x.shape
     x, inner = x.contiguous(), inner.contiguous()
     codes = torch.empty(rows, size + width, dtype=torch.uint8, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = max(16, 1 << (size - 1).bit_length())
-    kernel[(rows,)](
+    programs.rows[(rows,)](
         x, inner, x if factors is None else factors, codes.view(E4M3), scales, size,
         inner.shape[1], width, unit, HAS_FACTORS=factors is not None, BLOCK=block,
         TAIL=max(16, 1 << (width - 1).bit_length()),
@@ -72,15 +70,15 @@ def fp8_columns(
         scales: (N, 1) of the rows.
         inner, unit, width: as of `fp8_rows`.
     """
-    kernel = _columns_kernel() if codes.is_cuda else None
-    if kernel is None:
+    programs = kernels() if codes.is_cuda else None
+    if programs is None:
         high, low = split(inner.float() * unit / scales)
         tail = torch.cat([one.view(torch.uint8) for one in (high, low, high)], 1)
         codes[:, -width:] = torch.nn.functional.pad(tail, (0, width - tail.shape[1]))
         return
     rows, stride = codes.shape
     rank = inner.shape[1]
-    kernel[(-(-rows // ROWS),)](
+    programs.columns[(-(-rows // ROWS),)](
         inner.contiguous(), codes.view(E4M3), scales, rows, stride, stride - width, rank, width,
         unit, ROWS=ROWS, TAIL=max(16, 1 << (width - 1).bit_length()),
     )  # fmt: skip
@@ -114,74 +112,3 @@ def _plain(
         codes[:, begin : begin + part.shape[1]] = part.view(torch.uint8)
         begin += part.shape[1]
     return codes, scales
-
-
-@functools.lru_cache(maxsize=1)
-def _kernel() -> Any:
-    """The Triton program, or None where Triton is missing."""
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        return None
-
-    smallest, largest = tl.constexpr(FP8_SMALLEST), tl.constexpr(E4M3_MAX)
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def rows(  # type: ignore[no-untyped-def]
-        x, inner, factors, codes, scales, size, rank, width, unit,
-        HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        inside = column < size
-        numbers = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
-        if HAS_FACTORS:
-            numbers *= tl.load(factors + column, mask=inside, other=0.0)
-        place = tl.arange(0, TAIL)
-        third = place // rank  # hi, lo, hi, nothing
-        own = tl.load(
-            inner + row * rank + place % rank, mask=third < 3, other=0.0
-        ).to(tl.float32) * unit  # fmt: skip
-        most = tl.maximum(tl.max(tl.abs(numbers)), tl.max(tl.abs(own)))
-        scale = tl.maximum(most, smallest) / largest
-        tl.store(scales + row, scale)
-        begin = codes + row * (size + width)
-        tl.store(begin + column, (numbers / scale).to(tl.float8e4nv), mask=inside)
-        own = own / scale
-        high = own.to(tl.float8e4nv)
-        low = (own - high.to(tl.float32)).to(tl.float8e4nv)
-        both = tl.where(third == 1, low.to(tl.float32), high.to(tl.float32))
-        tl.store(begin + size + place, both.to(tl.float8e4nv), mask=place < width)
-
-    return rows
-
-
-@functools.lru_cache(maxsize=1)
-def _columns_kernel() -> Any:
-    """The Triton program of `fp8_columns`, or None where Triton is missing."""
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        return None
-
-    largest = tl.constexpr(E4M3_MAX)
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def columns(  # type: ignore[no-untyped-def]
-        inner, codes, scales, rows, stride, begin, rank, width, unit,
-        ROWS: tl.constexpr, TAIL: tl.constexpr,
-    ):  # fmt: skip
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        place = tl.arange(0, TAIL)[None, :]
-        third = place // rank  # hi, lo, hi, nothing
-        there = row < rows
-        own = tl.load(inner + row * rank + place % rank, mask=there & (third < 3), other=0.0)
-        own = own.to(tl.float32) * unit / tl.load(scales + row, mask=there, other=1.0)
-        high = tl.minimum(tl.maximum(own, -largest), largest).to(tl.float8e4nv)
-        low = tl.minimum(tl.maximum(own - high.to(tl.float32), -largest), largest)
-        both = tl.where(third == 1, low, high.to(tl.float32)).to(tl.float8e4nv)
-        tl.store(codes + row * stride + begin + place, both, mask=there & (place < width))
-
-    return columns

@@ -32,6 +32,8 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     # on CPUs it says how it moves slices of new rows, once and from every process
     getLogger("torch.distributed.tensor").setLevel("ERROR")
+    # PEFT imports it for everybody, and on some processors it misses a package then
+    getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch.utils.data|peft|transformers")
 

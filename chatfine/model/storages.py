@@ -297,8 +297,8 @@ def unpacked_again(name: str, packed: Packed, grad: torch.Tensor) -> Packed:
     if not torch.compiler.is_compiling() or name not in UNPACKED:
         return packed
     codes, *rest = packed
-    nothing = grad[:1, :1].contiguous().view(torch.uint8)[0, :1] & 0
-    return codes | nothing.to(codes.dtype), *rest
+    nothing = grad[0, :1].isnan().to(codes.dtype) & 0
+    return codes | nothing, *rest
 
 
 def nf4_values(codes: torch.Tensor, scales: torch.Tensor, in_features: int) -> torch.Tensor:

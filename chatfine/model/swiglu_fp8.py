@@ -11,12 +11,10 @@ The twins in plain torch serve where there is no Triton.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 
 from chatfine.model.fp8 import E4M3, E4M3_MAX, FP8_SMALLEST
+from chatfine.model.fp8_kernels import kernels
 
 ROOM = 16
 """States end at 448 / ROOM: their product with a row of A is rarely larger than a few of them."""
@@ -39,8 +37,8 @@ def swiglu_fp8(both: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tens
         h (N, I), codes (N, I + width) as bytes, those behind not written, and scales (N, 1).
     """
     rows, size = both.shape[0], both.shape[1] // 2
-    kernels = _kernels() if both.is_cuda else None
-    if kernels is None:
+    programs = kernels() if both.is_cuda else None
+    if programs is None:
         codes = torch.zeros(rows, size + width, dtype=torch.uint8, device=both.device)
         gate, up = both.float().chunk(2, 1)
         h = (torch.nn.functional.silu(gate) * up).to(both)
@@ -49,7 +47,7 @@ def swiglu_fp8(both: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tens
     h = both.new_empty(rows, size)
     scales = both.new_empty(rows, 1, dtype=torch.float32)
     block = 1 << (size - 1).bit_length()
-    kernels[0][(rows,)](
+    programs.swiglu[(rows,)](
         both.contiguous(), h, codes.view(E4M3), scales, size, size + width, BLOCK=block,
         TOP=E4M3_MAX / ROOM, num_warps=max(4, min(16, block // 1024)),
     )  # fmt: skip
@@ -79,8 +77,8 @@ def swiglu_fp8_back(
         The gradient (N, 2 I), codes (N, 2 I + width) and scales (N, 1).
     """
     rows, size = grad.shape
-    kernels = _kernels() if both.is_cuda else None
-    if kernels is None:
+    programs = kernels() if both.is_cuda else None
+    if programs is None:
         codes = torch.zeros(rows, 2 * size + width, dtype=torch.uint8, device=both.device)
         gate, up = both.float().chunk(2, 1)
         share = torch.sigmoid(gate)
@@ -91,7 +89,7 @@ def swiglu_fp8_back(
     codes = torch.empty(rows, 2 * size + width, dtype=torch.uint8, device=both.device)
     found = torch.empty_like(both)
     scales = both.new_empty(rows, 1, dtype=torch.float32)
-    kernels[1][(rows,)](
+    programs.swiglu_back[(rows,)](
         grad.contiguous(), both.contiguous(), factors.contiguous(), found, codes.view(E4M3), scales,
         size, 2 * size + width, PIECE=PIECE, TOP=E4M3_MAX / ROOM_BACK, num_warps=8,
     )  # fmt: skip
@@ -112,73 +110,3 @@ def _round_into(codes: torch.Tensor, wide: torch.Tensor, room: int) -> torch.Ten
     scales = wide.abs().amax(1, keepdim=True).clamp(min=FP8_SMALLEST) * (room / E4M3_MAX)
     codes[:, : wide.shape[1]] = (wide / scales).to(E4M3).view(torch.uint8)
     return scales
-
-
-@functools.lru_cache(maxsize=1)
-def _kernels() -> Any:
-    """The Triton programs forward and back, or None where Triton is missing."""
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        return None
-
-    smallest = tl.constexpr(FP8_SMALLEST)
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def ahead(  # type: ignore[no-untyped-def]
-        both, h, codes, scales, size, stride, BLOCK: tl.constexpr, TOP: tl.constexpr
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        inside = column < size
-        begin = both + row * 2 * size
-        gate = tl.load(begin + column, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(begin + size + column, mask=inside, other=0.0).to(tl.float32)
-        kept = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
-        tl.store(h + row * size + column, kept, mask=inside)
-        wide = kept.to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(wide)), smallest) / TOP
-        tl.store(scales + row, scale)
-        tl.store(codes + row * stride + column, (wide / scale).to(tl.float8e4nv), mask=inside)
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def back(  # type: ignore[no-untyped-def]
-        grad, both, factors, found, codes, scales, size, stride,
-        PIECE: tl.constexpr, TOP: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, PIECE)
-        grad += row * size
-        both += row * 2 * size
-        found += row * 2 * size
-        codes += row * stride
-        most = tl.zeros([PIECE], tl.float32)
-        for start in range(0, size, PIECE):
-            place = start + column
-            inside = place < size
-            wide = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-            gate = tl.load(both + place, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(both + size + place, mask=inside, other=0.0).to(tl.float32)
-            share = tl.sigmoid(gate)
-            of_gate = (wide * up * share * (1 + gate * (1 - share))).to(found.dtype.element_ty)
-            of_up = (wide * gate * share).to(found.dtype.element_ty)
-            tl.store(found + place, of_gate, mask=inside)
-            tl.store(found + size + place, of_up, mask=inside)
-            left = tl.load(factors + place, mask=inside, other=0.0)
-            right = tl.load(factors + size + place, mask=inside, other=0.0)
-            larger = tl.maximum(
-                tl.abs(of_gate.to(tl.float32) * left), tl.abs(of_up.to(tl.float32) * right)
-            )
-            most = tl.maximum(most, larger)
-        scale = tl.maximum(tl.max(most), smallest) / TOP
-        tl.store(scales + row, scale)
-        tl.debug_barrier()  # what is read now other threads may have written
-        for start in range(0, 2 * size, PIECE):
-            place = start + column
-            inside = place < 2 * size
-            wide = tl.load(found + place, mask=inside, other=0.0).to(tl.float32)
-            wide *= tl.load(factors + place, mask=inside, other=0.0)
-            tl.store(codes + place, (wide / scale).to(tl.float8e4nv), mask=inside)
-
-    return ahead, back

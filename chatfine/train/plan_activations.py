@@ -86,6 +86,7 @@ def at_peak(
         Alive(forward + cast * a_layer, early, head_bytes(shapes, work)),
         Alive(inputs + layers(again) + again * a_layer + flight, max(early, of_head)),
         Alive(an_input(shapes, work) + layers(1) + a_layer + flight, max(early, all_but_last)),
+        Alive(inputs + a_layer + in_attention(shapes, work) if piece else 0.0, max(early, of_head)),
         Alive(in_update, gradients),
         _in_evaluation(shapes, work, gradients if replays else 0.0),
     )
@@ -201,13 +202,32 @@ def _norms(shapes: Shapes, work: Work) -> int:
 def kept_by_layers(shapes: Shapes, work: Work, layers: int, piece: int) -> float:
     """Bytes of so many layers at once. Where MLPs and norms go through pieces of so many tokens
     (`model.chunked`; 0 = whole rows), they keep what they read, and a piece of the rest."""
-    whole = a_token(shapes, work)
-    inside = 0.0
-    if piece and {"gate_proj", "up_proj", "down_proj"} <= shapes.linears.keys():
-        inside = whole - a_token(dataclasses.replace(shapes, intermediate=0), work)
-        if not work.compile:  # the layer's input is there anyway, the second norm's is not
-            inside += _norms(shapes, work) - residual_bytes(work) * shapes.hidden
-    return layers * (whole - inside) * work.micro_tokens + (piece * inside if layers else 0)
+    inside = _in_pieces(shapes, work) if piece else 0.0
+    bare = (a_token(shapes, work) - inside) * work.micro_tokens
+    return layers * bare + (piece * inside if layers else 0)
+
+
+def _in_pieces(shapes: Shapes, work: Work) -> float:
+    """What of `a_token` lies within MLP and norms that go through pieces."""
+    if not {"gate_proj", "up_proj", "down_proj"} <= shapes.linears.keys():
+        return 0.0
+    inside = a_token(shapes, work) - a_token(dataclasses.replace(shapes, intermediate=0), work)
+    if not work.compile:  # the layer's input is there anyway, the second norm's is not
+        inside += _norms(shapes, work) - residual_bytes(work) * shapes.hidden
+    return inside
+
+
+def in_attention(shapes: Shapes, work: Work) -> float:
+    """What a layer has alive within its attention's backward pass, where that is more than what its
+    MLP takes: MLP and norms go through pieces. What the MLP read is gone by then; there are the
+    gradients of the layer's output, of attention's, and of query, key and value, and on a card that
+    of the query summed up in float32."""
+    size, learning = work.dtype_bytes, learning_linears(shapes, work)
+    bare = a_token(shapes, work) - _in_pieces(shapes, work)
+    bare -= size * shapes.hidden if learning & set(READERS[1]) else 0
+    flight = residual_bytes(work) * shapes.hidden + size * 2 * (shapes.query + shapes.key)
+    flight += FLOAT32 * shapes.query if work.device == "cuda" else 0
+    return (bare + flight) * work.micro_tokens
 
 
 def weights_kept_by_layer(shapes: Shapes, work: Work, learning: int) -> float:

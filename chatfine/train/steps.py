@@ -60,7 +60,8 @@ def _fixed_inputs(model: Any, prepared: Prepared, rows: int) -> compiled.FixedIn
 def try_out(
     measure: fast.LossModel, batch: Batch, context: Callable[[], AbstractContextManager[Any]]
 ) -> None:
-    """A micro-batch forward and back. A compiler that fails on this machine is done without.
+    """A micro-batch forward and back. A compiler that fails on this machine is done without, and so
+    is one whose programs take more memory than there is.
 
     Raises:
         torch.OutOfMemoryError: it does not fit.
@@ -77,14 +78,19 @@ def try_out(
         return
     try:
         once()
+        return
     except torch.OutOfMemoryError:
-        raise
+        reason = t("compiled, the longest batch does not fit into the device's memory")
     except Exception as error:  # a compiler raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        console.warn(t("the layers could not be compiled here; the run goes on without, more "
-                       "slowly ({reason})", reason=reason))  # fmt: skip
-        measure.give_up()
-        once()
+    # here, since until now the error held on to everything that was computed
+    measure.model.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    console.warn(t("the layers could not be compiled here; the run goes on without, more "
+                   "slowly ({reason})", reason=reason))  # fmt: skip
+    measure.give_up()
+    once()
 
 
 def _replays(prepared: Prepared, decisions: Decisions, shapes: Shapes) -> bool:

@@ -386,18 +386,21 @@ def test_a_share_of_the_weights_takes_a_share_of_the_memory() -> None:
 
 
 def test_a_long_row_takes_the_memory_of_a_piece_of_it() -> None:
-    """Beyond the limit a token adds what lies between layers and in attention, no MLP."""
-    limit = planning.LONG_ROW_TOKENS
+    """Far beyond the limit a token adds what lies between layers and in attention, no MLP."""
+    limit, shape = planning.LONG_ROW_TOKENS, LLAMA_8B
 
     def activations(tokens: int, **changes: Any) -> float:
         work = dataclasses.replace(WORK, recompute_layers=32, micro_tokens=tokens, **changes)
-        return make_plan(LLAMA_8B, work).activation_bytes
+        return make_plan(shape, work).activation_bytes
 
-    short = activations(limit) - activations(limit - 1)
+    kept = (
+        4 * shape.query + 2 * shape.hidden
+    )  # heads, what q, k and v read, the second norm's input
+    gradients = shape.hidden + 2 * (shape.query + shape.key) + 2 * shape.query  # one in float32
+    expected = 2 * (32 * shape.hidden + kept + gradients + 7 * WORK.rank)
     long = activations(4 * limit) - activations(4 * limit - 1)
-    inner = (3 + 1 + 4) * LLAMA_8B.intermediate * 2  # gate, up, product; down's input; in flight
-    inner += (2 * 4 - 2) * LLAMA_8B.hidden  # what norms keep in float32 but for one's own input
-    assert short - long == pytest.approx(inner)
+    assert long == pytest.approx(expected)
+    assert long < activations(limit) - activations(limit - 1)
     assert activations(limit + 1) < activations(limit)
     assert activations(4 * limit, targets=("q_proj",)) < activations(4 * limit)
     work = dataclasses.replace(WORK, micro_tokens=4 * limit)

@@ -45,7 +45,7 @@ def test_a_compiled_run_learns_what_a_plain_one_learns(tiny: Path, tmp_path: Pat
         settings: dict[str, Any] = {
             "model": str(tiny), "dataset": (str(data),), "output": str(tmp_path / choice),
             "max_steps": 4, "max_length": 128, "batch_size": 1, "packing": "on",
-            "compile": choice, "device": "cpu", "rank": 2, "learning_rate": 1e-2,
+            "compile": choice, "device": "cpu", "rank": 2, "learning_rate": 1e-2, "dtype": "fp32",
         }  # fmt: skip
         train(TrainConfig(**settings))
         decided = json.loads((tmp_path / choice / "decisions.json").read_text(encoding="utf-8"))
@@ -55,8 +55,15 @@ def test_a_compiled_run_learns_what_a_plain_one_learns(tiny: Path, tmp_path: Pat
     assert found["on"][0] > found["on"][-2]
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("no compiler\nhere"), "no compiler"),
+        (torch.OutOfMemoryError("too much"), "does not fit"),
+    ],
+)
 def test_a_compiler_that_fails_is_done_without(
-    tiny: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, capsys: pytest.CaptureFixture[str], error: Exception, said: str
 ) -> None:
     batch = collate([Example([5, 6, 7, 8], [True] * 4), Example([9, 10, 11], [True] * 3)])
     model = adapters.attach(load_model(tiny, torch.float32), "lora", rank=2)
@@ -64,14 +71,24 @@ def test_a_compiler_that_fails_is_done_without(
     measure = compiled.CompiledLoss(model, compiled.FixedInputs(64, 64))
 
     def broken(*_: Any, **__: Any) -> None:
-        raise RuntimeError("no compiler\nhere")
+        raise error
 
     for layer in fast.causal_model(model).get_decoder().layers:
         layer._compiled_call_impl = broken
     try_out(measure, batch, torch.enable_grad)
-    assert "no compiler" in "".join(capsys.readouterr())
+    assert said in "".join(capsys.readouterr())
     assert measure.fixed is None
     assert measure(batch).item() == pytest.approx(plain, rel=1e-6)
+
+
+def test_what_does_not_fit_without_a_compiler_is_an_error(tiny: Path) -> None:
+    class Full(fast.LossModel):
+        def forward(self, batch: Any) -> torch.Tensor:
+            raise torch.OutOfMemoryError("too much")
+
+    batch = collate([Example([5, 6, 7, 8], [True] * 4)])
+    with pytest.raises(torch.OutOfMemoryError):
+        try_out(Full(load_model(tiny, torch.float32)), batch, torch.enable_grad)
 
 
 def prepared(*parts: list[int], length: int = 128) -> Any:

@@ -1,0 +1,125 @@
+"""The Triton programs that write 8-bit floats; each takes rows as they lie and reads them once.
+
+`model.fp8_rows` and `model.swiglu_fp8` say what they compute, and have twins in plain torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+from chatfine.model.fp8 import E4M3_MAX, FP8_SMALLEST
+
+
+@functools.lru_cache(maxsize=1)
+def kernels() -> Any:
+    """All programs by name, or None where Triton is missing."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    smallest, largest = tl.constexpr(FP8_SMALLEST), tl.constexpr(E4M3_MAX)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def rows(  # type: ignore[no-untyped-def]
+        x, inner, factors, codes, scales, size, rank, width, unit,
+        HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < size
+        numbers = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_FACTORS:
+            numbers *= tl.load(factors + column, mask=inside, other=0.0)
+        place = tl.arange(0, TAIL)
+        third = place // rank  # hi, lo, hi, nothing
+        own = tl.load(
+            inner + row * rank + place % rank, mask=third < 3, other=0.0
+        ).to(tl.float32) * unit  # fmt: skip
+        most = tl.maximum(tl.max(tl.abs(numbers)), tl.max(tl.abs(own)))
+        scale = tl.maximum(most, smallest) / largest
+        tl.store(scales + row, scale)
+        begin = codes + row * (size + width)
+        tl.store(begin + column, (numbers / scale).to(tl.float8e4nv), mask=inside)
+        own = own / scale
+        high = own.to(tl.float8e4nv)
+        low = (own - high.to(tl.float32)).to(tl.float8e4nv)
+        both = tl.where(third == 1, low.to(tl.float32), high.to(tl.float32))
+        tl.store(begin + size + place, both.to(tl.float8e4nv), mask=place < width)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def columns(  # type: ignore[no-untyped-def]
+        inner, codes, scales, rows, stride, begin, rank, width, unit,
+        ROWS: tl.constexpr, TAIL: tl.constexpr,
+    ):  # fmt: skip
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        place = tl.arange(0, TAIL)[None, :]
+        third = place // rank  # hi, lo, hi, nothing
+        there = row < rows
+        own = tl.load(inner + row * rank + place % rank, mask=there & (third < 3), other=0.0)
+        own = own.to(tl.float32) * unit / tl.load(scales + row, mask=there, other=1.0)
+        high = tl.minimum(tl.maximum(own, -largest), largest).to(tl.float8e4nv)
+        low = tl.minimum(tl.maximum(own - high.to(tl.float32), -largest), largest)
+        both = tl.where(third == 1, low, high.to(tl.float32)).to(tl.float8e4nv)
+        tl.store(codes + row * stride + begin + place, both, mask=there & (place < width))
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def swiglu(  # type: ignore[no-untyped-def]
+        both, h, codes, scales, size, stride, BLOCK: tl.constexpr, TOP: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        inside = column < size
+        begin = both + row * 2 * size
+        gate = tl.load(begin + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(begin + size + column, mask=inside, other=0.0).to(tl.float32)
+        kept = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
+        tl.store(h + row * size + column, kept, mask=inside)
+        wide = kept.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(wide)), smallest) / TOP
+        tl.store(scales + row, scale)
+        tl.store(codes + row * stride + column, (wide / scale).to(tl.float8e4nv), mask=inside)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def swiglu_back(  # type: ignore[no-untyped-def]
+        grad, both, factors, found, codes, scales, size, stride,
+        PIECE: tl.constexpr, TOP: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, PIECE)
+        grad += row * size
+        both += row * 2 * size
+        found += row * 2 * size
+        codes += row * stride
+        most = tl.zeros([PIECE], tl.float32)
+        for start in range(0, size, PIECE):
+            place = start + column
+            inside = place < size
+            wide = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+            gate = tl.load(both + place, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(both + size + place, mask=inside, other=0.0).to(tl.float32)
+            share = tl.sigmoid(gate)
+            of_gate = (wide * up * share * (1 + gate * (1 - share))).to(found.dtype.element_ty)
+            of_up = (wide * gate * share).to(found.dtype.element_ty)
+            tl.store(found + place, of_gate, mask=inside)
+            tl.store(found + size + place, of_up, mask=inside)
+            left = tl.load(factors + place, mask=inside, other=0.0)
+            right = tl.load(factors + size + place, mask=inside, other=0.0)
+            larger = tl.maximum(
+                tl.abs(of_gate.to(tl.float32) * left), tl.abs(of_up.to(tl.float32) * right)
+            )
+            most = tl.maximum(most, larger)
+        scale = tl.maximum(tl.max(most), smallest) / TOP
+        tl.store(scales + row, scale)
+        tl.debug_barrier()  # what is read now other threads may have written
+        for start in range(0, 2 * size, PIECE):
+            place = start + column
+            inside = place < 2 * size
+            wide = tl.load(found + place, mask=inside, other=0.0).to(tl.float32)
+            wide *= tl.load(factors + place, mask=inside, other=0.0)
+            tl.store(codes + place, (wide / scale).to(tl.float8e4nv), mask=inside)
+
+    return SimpleNamespace(rows=rows, columns=columns, swiglu=swiglu, swiglu_back=swiglu_back)

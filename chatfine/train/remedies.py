@@ -42,6 +42,8 @@ def remedies(
             small = change(work, moments_bytes=eight)
             options.append((small, "--optimizer adamw8bit"))
         options.append((change(work, method="lora"), "--method lora"))
+    if work.evaluated:
+        options.append((change(work, evaluated=0), "--validation 0"))
     length = work.longest // 2
     shorter = change(work, recompute_layers=every, micro_tokens=length, longest=length,
                    micro_labels=min(work.micro_labels, length))  # fmt: skip

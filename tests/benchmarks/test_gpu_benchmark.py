@@ -14,7 +14,7 @@ from typing import get_args
 
 import psutil
 import pytest
-from conftest import write_tiny_tokenizer
+from tiny_model import write_tiny_tokenizer
 
 from chatfine import cli
 from chatfine.config import TrainConfig

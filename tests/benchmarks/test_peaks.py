@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import write_tiny_tokenizer
+from tiny_model import write_tiny_tokenizer
 
 from chatfine import cli
 from chatfine.commands.plan import plan

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from chatfine.model import adapters, lora, mlp, storages
+from chatfine.model import adapters, chunked, joined, lora, mlp, storages
 from chatfine.model.fp8 import E4M3, E4M3_MAX
 from chatfine.model.fp8_rows import fp8_columns
 from chatfine.model.frozen import FrozenLinear
@@ -43,6 +43,14 @@ class Parent(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.mlp(x)
+        return y
+
+
+class Doubled(LlamaMLP):
+    """An MLP that says something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 2)
         return y
 
 
@@ -147,14 +155,32 @@ def test_what_is_no_swiglu_on_fp8_computes_what_its_linears_compute(
 
 
 def test_another_forward_is_left_as_it_is() -> None:
-    class Scaled(LlamaMLP):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 2)
-            return y
-
     model, _ = adapted()
-    model.base_model.model.mlp.__class__ = Scaled
+    model.base_model.model.mlp.__class__ = Doubled
     assert mlp.install(model) == 0
+
+
+@pytest.mark.parametrize(("kind", "count"), [(LlamaMLP, 1), (Doubled, 0)])
+def test_in_pieces_gate_and_up_are_joined_where_nothing_waits_between_them(
+    kind: type[nn.Module], count: int
+) -> None:
+    parent = Parent("silu")
+    model = get_peft_model(
+        parent, LoraConfig(r=RANK, target_modules=["gate_proj", "up_proj", "down_proj"])
+    )
+    lora.install(model)
+    parent.mlp.__class__ = chunked._in_pieces(kind)
+    parent.mlp.piece_tokens = 7
+    wanted, slow = grads_of(model)
+    assert len(joined.join(model)) == count
+    assert mlp.install(model) == count
+    assert mlp.install(model) == 0  # once is enough
+    assert chunked.in_pieces(parent.mlp)
+    assert issubclass(chunked.own_class(parent.mlp), kind)
+    got, fast = grads_of(model)
+    torch.testing.assert_close(got, wanted)
+    for one, other in zip(fast, slow, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_swiglu_and_its_gradient_are_torchs_and_their_codes_are_them_rounded() -> None:

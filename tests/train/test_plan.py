@@ -149,6 +149,13 @@ def test_each_remedy_fits(free_gb: int) -> None:
         assert make_plan(LLAMA_8B, changed).memory_bytes <= free_gb * 1e9, text
 
 
+def test_an_evaluation_that_does_not_fit_can_be_left_out() -> None:
+    work = dataclasses.replace(WORK, micro_tokens=64, micro_labels=64, longest=64, evaluated=65536)
+    room = make_plan(LLAMA_8B, dataclasses.replace(work, evaluated=0)).memory_bytes + 1e8
+    assert make_plan(LLAMA_8B, work).memory_bytes > room
+    assert "--validation 0" in remedies(LLAMA_8B, work, room, rows=1)
+
+
 def test_where_nothing_helps_it_says_so() -> None:
     assert remedies(LLAMA_8B, WORK, 1e9, rows=1) == [
         "a smaller model, or a machine with more memory"

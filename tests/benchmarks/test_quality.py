@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import sys
+import threading
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -298,6 +299,13 @@ def test_runs_are_dealt_out_to_the_cards(
     tiny: Path, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = fake(monkeypatch, {"none": 2.0})
+    at_once, both = gpu.watch, threading.Barrier(2, timeout=60)
+
+    def watch(*given: Any) -> Any:
+        both.wait()  # each run has another beside it
+        return at_once(*given)
+
+    monkeypatch.setattr(gpu, "watch", watch)
     more = ("--storages", "none", "--seeds", "0,1,2,3", "--gpus", "0,3")
     quality.main(words(tiny, dialogues, tmp_path / "out", *more))
     places = Counter(tuple(command[:2]) for command in commands)

@@ -13,8 +13,8 @@ from chatfine.model.fp8 import E4M3_MAX, FP8_SMALLEST
 
 
 @functools.lru_cache(maxsize=1)
-def kernels() -> Any:
-    """All programs by name, or None where Triton is missing."""
+def row_kernels() -> Any:
+    """The programs of `model.fp8_rows` by name, or None where Triton is missing."""
     try:
         import triton
         import triton.language as tl
@@ -66,8 +66,22 @@ def kernels() -> Any:
         both = tl.where(third == 1, low, high.to(tl.float32)).to(tl.float8e4nv)
         tl.store(codes + row * stride + begin + place, both, mask=there & (place < width))
 
+    return SimpleNamespace(rows=rows, columns=columns)
+
+
+@functools.lru_cache(maxsize=1)
+def swiglu_kernel() -> Any:
+    """The program of `swiglu_fp8`, or None where Triton is missing."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    smallest = tl.constexpr(FP8_SMALLEST)
+
     @triton.jit  # type: ignore[untyped-decorator]
-    def swiglu(  # type: ignore[no-untyped-def]
+    def ahead(  # type: ignore[no-untyped-def]
         both, h, codes, scales, size, stride, BLOCK: tl.constexpr, TOP: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
@@ -83,8 +97,22 @@ def kernels() -> Any:
         tl.store(scales + row, scale)
         tl.store(codes + row * stride + column, (wide / scale).to(tl.float8e4nv), mask=inside)
 
+    return ahead
+
+
+@functools.lru_cache(maxsize=1)
+def swiglu_back_kernel() -> Any:
+    """The program of `swiglu_fp8_back`, or None where Triton is missing."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    smallest = tl.constexpr(FP8_SMALLEST)
+
     @triton.jit  # type: ignore[untyped-decorator]
-    def swiglu_back(  # type: ignore[no-untyped-def]
+    def back(  # type: ignore[no-untyped-def]
         grad, both, factors, found, codes, scales, size, stride,
         PIECE: tl.constexpr, TOP: tl.constexpr,
     ):  # fmt: skip
@@ -122,4 +150,4 @@ def kernels() -> Any:
             wide *= tl.load(factors + place, mask=inside, other=0.0)
             tl.store(codes + place, (wide / scale).to(tl.float8e4nv), mask=inside)
 
-    return SimpleNamespace(rows=rows, columns=columns, swiglu=swiglu, swiglu_back=swiglu_back)
+    return back

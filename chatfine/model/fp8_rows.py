@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from chatfine.model.fp8 import E4M3, E4M3_MAX, FP8_SMALLEST
-from chatfine.model.fp8_kernels import kernels
+from chatfine.model.fp8_kernels import row_kernels
 
 LONGEST_ROW = 65536
 ROWS = 8
@@ -33,7 +33,7 @@ def fp8_rows(
     Returns:
         Codes (N, K + width) as bytes and float32 scales (N, 1).
     """
-    programs = kernels() if x.is_cuda and x.shape[1] <= LONGEST_ROW else None
+    programs = row_kernels() if x.is_cuda and x.shape[1] <= LONGEST_ROW else None
     if programs is None:
         return _plain(x, inner, factors, unit, width)
     rows, size = x.shape
@@ -70,7 +70,7 @@ def fp8_columns(
         scales: (N, 1) of the rows.
         inner, unit, width: as of `fp8_rows`.
     """
-    programs = kernels() if codes.is_cuda else None
+    programs = row_kernels() if codes.is_cuda else None
     if programs is None:
         high, low = split(inner.float() * unit / scales)
         tail = torch.cat([one.view(torch.uint8) for one in (high, low, high)], 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from chatfine.model.fp8 import E4M3, E4M3_MAX, FP8_SMALLEST
-from chatfine.model.fp8_kernels import kernels
+from chatfine.model.fp8_kernels import swiglu_back_kernel, swiglu_kernel
 
 ROOM = 16
 """States end at 448 / ROOM: their product with a row of A is rarely larger than a few of them."""
@@ -37,8 +37,8 @@ def swiglu_fp8(both: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tens
         h (N, I), codes (N, I + width) as bytes, those behind not written, and scales (N, 1).
     """
     rows, size = both.shape[0], both.shape[1] // 2
-    programs = kernels() if both.is_cuda else None
-    if programs is None:
+    program = swiglu_kernel() if both.is_cuda else None
+    if program is None:
         codes = torch.zeros(rows, size + width, dtype=torch.uint8, device=both.device)
         gate, up = both.float().chunk(2, 1)
         h = (torch.nn.functional.silu(gate) * up).to(both)
@@ -47,7 +47,7 @@ def swiglu_fp8(both: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tens
     h = both.new_empty(rows, size)
     scales = both.new_empty(rows, 1, dtype=torch.float32)
     block = 1 << (size - 1).bit_length()
-    programs.swiglu[(rows,)](
+    program[(rows,)](
         both.contiguous(), h, codes.view(E4M3), scales, size, size + width, BLOCK=block,
         TOP=E4M3_MAX / ROOM, num_warps=max(4, min(16, block // 1024)),
     )  # fmt: skip
@@ -77,8 +77,8 @@ def swiglu_fp8_back(
         The gradient (N, 2 I), codes (N, 2 I + width) and scales (N, 1).
     """
     rows, size = grad.shape
-    programs = kernels() if both.is_cuda else None
-    if programs is None:
+    program = swiglu_back_kernel() if both.is_cuda else None
+    if program is None:
         codes = torch.zeros(rows, 2 * size + width, dtype=torch.uint8, device=both.device)
         gate, up = both.float().chunk(2, 1)
         share = torch.sigmoid(gate)
@@ -89,7 +89,7 @@ def swiglu_fp8_back(
     codes = torch.empty(rows, 2 * size + width, dtype=torch.uint8, device=both.device)
     found = torch.empty_like(both)
     scales = both.new_empty(rows, 1, dtype=torch.float32)
-    programs.swiglu_back[(rows,)](
+    program[(rows,)](
         grad.contiguous(), both.contiguous(), factors.contiguous(), found, codes.view(E4M3), scales,
         size, 2 * size + width, PIECE=PIECE, TOP=E4M3_MAX / ROOM_BACK, num_warps=8,
     )  # fmt: skip

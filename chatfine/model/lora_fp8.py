@@ -35,6 +35,7 @@ A_UNIT = 28.0
 """A starts within ± 1/√in (Kaiming) and is stored in units that make this ± 28: far from both ends
 of what 8-bit floats hold (448, 0.002)."""
 Pair = tuple[torch.Tensor, torch.Tensor]
+"""Codes and their rows' scales; or the columns of an adapter's B and A."""
 
 
 def tail_width(size: int, rank: int) -> int:

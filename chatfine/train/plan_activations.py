@@ -223,7 +223,10 @@ def in_attention(shapes: Shapes, work: Work) -> float:
     gradients of the layer's output, of attention's, and of query, key and value, and on a card that
     of the query summed up in float32."""
     size, learning = work.dtype_bytes, learning_linears(shapes, work)
-    bare = a_token(shapes, work) - _in_pieces(shapes, work)
+    inside = _in_pieces(shapes, work)
+    if not inside:  # an MLP of another build, which is not cut and takes more
+        return 0.0
+    bare = a_token(shapes, work) - inside
     bare -= size * shapes.hidden if learning & set(READERS[1]) else 0
     flight = residual_bytes(work) * shapes.hidden + size * 2 * (shapes.query + shapes.key)
     flight += FLOAT32 * shapes.query if work.device == "cuda" else 0

@@ -75,7 +75,7 @@ class LoraFp8(torch.autograd.Function):
         left = fp8_rows(x, inner, None, 1.0, tail_b.shape[1])
         ctx.save_for_backward(x, inner, tail_a, *b, *packed)
         ctx.scale, ctx.storage, ctx.count = scale, storage, count
-        return product(left, storage, packed, tail_b, x)
+        return product(left, right_of(storage, packed, tail_b, x.shape[1]), x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
@@ -88,27 +88,40 @@ class LoraFp8(torch.autograd.Function):
             grad, grad_inner, row_factors(ctx.storage, packed), 1 / a_unit(x.shape[1]),
             tail_a.shape[1],
         )  # fmt: skip
-        grad_x = product_back(left, ctx.storage, packed, tail_a, x)
+        grad_x = product_back(left, right_back_of(ctx.storage, packed, tail_a, x.shape[1]), x)
         found = adapter_gradients(grad, grad_inner, x, inner, b, ctx.scale)
         return (grad_x, None, None, None, None, None, *found)
 
 
-def product(
-    left: Pair, storage: str, packed: Packed, tail_b: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor:
+def product(left: Pair, right: Pair, x: torch.Tensor) -> torch.Tensor:
     """The output (N, Σ out) of x (N, in), of which `left` is the codes, with the adapter's columns
-    behind them, and their rows' scales."""
-    right, scales = _right(storage, packed, tail_b, x.shape[1])
-    return multiply_fp8(left[0].view(E4M3), right, left[1], scales, x.dtype)
+    behind them, and their rows' scales; `right` is the same of the weight."""
+    return multiply_fp8(left[0].view(E4M3), right[0], left[1], right[1], x.dtype)
 
 
-def product_back(
-    left: Pair, storage: str, packed: Packed, tail_a: torch.Tensor, x: torch.Tensor
-) -> torch.Tensor:
-    """The gradient of x (N, in), where `left` is the output's."""
-    right = _right_back(storage, packed, tail_a, x.shape[1])
+def product_back(left: Pair, right: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The gradient of x (N, in), where `left` is the output's, and `right` codes alone."""
     ones = torch.ones(1, 1, device=x.device)
     return multiply_fp8(left[0].view(E4M3), right, left[1], ones, x.dtype)
+
+
+def right_of(storage: str, packed: Packed, tail_b: torch.Tensor, in_features: int) -> Pair:
+    """The weight as `product` wants it: codes (Σ out, in + T) and scales (Σ out, 1)."""
+    codes, scales = _storage(storage).fp8(packed, in_features)
+    if codes.shape[1] == in_features:  # unpacked just now
+        codes = torch.cat((codes.view(torch.uint8), tail_b), 1).view(E4M3)
+    return codes, scales
+
+
+def right_back_of(
+    storage: str, packed: Packed, tail_a: torch.Tensor, in_features: int
+) -> torch.Tensor:
+    """The weight as `product_back` wants it: codes (in, Σ out + T')."""
+    if len(packed) > 2:
+        return packed[2].view(E4M3)
+    codes, _ = _storage(storage).fp8(packed, in_features)
+    turned = codes[:, :in_features].view(torch.uint8).t()
+    return torch.cat((turned, tail_a), 1).view(E4M3)
 
 
 def inner_gradient(grad: torch.Tensor, b: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
@@ -139,23 +152,6 @@ def _storage(name: str) -> Fp8:
     found = STORAGES[name]
     assert isinstance(found, Fp8)
     return found
-
-
-def _right(
-    storage: str, packed: Packed, tail: torch.Tensor, in_features: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, scales = _storage(storage).fp8(packed, in_features)
-    if codes.shape[1] == in_features:  # unpacked just now
-        codes = torch.cat((codes.view(torch.uint8), tail), 1).view(E4M3)
-    return codes, scales
-
-
-def _right_back(storage: str, packed: Packed, tail: torch.Tensor, in_features: int) -> torch.Tensor:
-    if len(packed) > 2:
-        return packed[2].view(E4M3)
-    codes, _ = _storage(storage).fp8(packed, in_features)
-    turned = codes[:, :in_features].view(torch.uint8).t()
-    return torch.cat((turned, tail), 1).view(E4M3)
 
 
 class Group(Joined):

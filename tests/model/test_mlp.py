@@ -16,6 +16,7 @@ from chatfine.model.fp8 import E4M3, E4M3_MAX
 from chatfine.model.fp8_rows import fp8_columns
 from chatfine.model.frozen import FrozenLinear
 from chatfine.model.lora_fp8 import Groups
+from chatfine.model.mlp_fp8 import mlp_fp8_pieces
 from chatfine.model.swiglu_fp8 import ROOM, ROOM_BACK, swiglu_fp8, swiglu_fp8_back
 
 HIDDEN, INSIDE, RANK = 128, 320, 16
@@ -101,6 +102,35 @@ def test_it_computes_what_its_linears_compute(storage: str, turned: bool, b: flo
     for one, other in zip(fast, slow, strict=True):
         assert one.dtype == other.dtype
         assert distance(one, other) < 0.03
+
+
+@pytest.mark.parametrize(("storage", "turned"), KINDS)
+def test_in_pieces_it_computes_the_same_and_keeps_what_it_reads(storage: str, turned: bool) -> None:
+    model, _ = adapted(storage, turned)
+    mlp.install(model)
+    wanted, slow = grads_of(model)
+    pieces, _ = adapted(storage, turned)
+    inner = pieces.base_model.model.mlp
+    inner.__class__, inner.piece_tokens = chunked._in_pieces(type(inner)), 7
+    assert mlp.install(pieces) == 1
+    assert mlp.install(pieces) == 0
+    got, fast = grads_of(pieces)
+    # a product of other sizes may be off by a float32's last digit, and round the other way
+    assert distance(got, wanted) < 1e-3
+    for one, other in zip(fast, slow, strict=True):
+        assert one.dtype == other.dtype
+        assert distance(one, other) < 1e-3
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: sizes.append(x.numel()) or x, lambda x: x
+    ):
+        pieces(torch.randn(2, 24, HIDDEN, requires_grad=True))
+    assert 48 * INSIDE not in sizes  # neither gate nor up nor what goes into down
+    assert 48 * HIDDEN in sizes
+    pieces.eval()
+    model.eval()
+    x = torch.randn(2, 24, HIDDEN)
+    torch.testing.assert_close(pieces(x), model(x))
 
 
 def test_against_exact_products_it_is_as_far_as_its_linears_are() -> None:
@@ -227,3 +257,17 @@ def test_the_operations_are_as_torch_wants_them() -> None:
     torch.library.opcheck(swiglu_fp8_back, (grad, both, torch.rand(64), 32))
     codes = torch.zeros(5, 96, dtype=torch.uint8)
     torch.library.opcheck(fp8_columns, (codes, torch.rand(5, 1) + 1, torch.randn(5, 4), 1.0, 32))
+
+
+def test_the_operation_in_pieces_is_as_torch_wants_one() -> None:
+    model, groups = adapted()
+    linears = model.base_model.model.mlp
+    pair, down = linears.gate_proj.group, linears.down_proj.group
+    assert [len(one.layers) for one in groups.groups] == [2, 1]
+    a_gate, a_up, b_gate, b_up = pair.weights()
+    a_down, b_down = down.weights()
+    torch.library.opcheck(mlp_fp8_pieces, (
+        torch.randn(12, HIDDEN, requires_grad=True), 5, (pair.scale, down.scale), "fp8,fp8",
+        pair.packed, down.packed, (pair.tail_b, pair.tail_a, down.tail_b, down.tail_a),
+        (a_gate, a_up, a_down, b_gate, b_up, b_down),
+    ), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))  # fmt: skip

@@ -8,8 +8,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +23,13 @@ from torch import nn
 
 from chatfine import console
 from chatfine.data.batches import collate
-from chatfine.model import adapters, attention, lora
+from chatfine.model import adapters, attention, lora, mlp
 from chatfine.model.compiled import CompiledLoss, FixedInputs
 from chatfine.model.document_attention import document_attention
-from chatfine.model.fast import causal_model
 from chatfine.model.frozen import FrozenLinear, linears_to_freeze
 from chatfine.types import Batch, Example
 
-HIDDEN, INSIDE, HEADS, VOCAB, LENGTH = 4096, 11008, 32, 1024, 2048
+VOCAB, WARM_RUNS = 1024, 4
 ADAPTERS = {
     "ours, bf16": {},
     "PEFT's own layers, bf16": {"peft": True},
@@ -37,29 +40,45 @@ ATTENTION = ("cuDNN", "flash", "FlexAttention")
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Of a layer, and of the rows that go through it."""
+
+    device: str
+    hidden: int
+    inside: int
+    heads: int
+    length: int
+    documents: tuple[tuple[int, int], ...]  # length of a document, tokens in all
+
+
+SEVEN_B = Shape("cuda", 4096, 11008, 32, 2048, ((2048, 8192), (8192, 8192), (32768, 32768)))
+TINY = Shape("cpu", 64, 160, 4, 32, ((16, 64),))
+
+
 def milliseconds(run: Callable[[], Any], times: int = 10) -> float:
     """Of the median of so many runs, after warm ones."""
-    for _ in range(4):
+    taken = []
+    for _ in range(WARM_RUNS + times):
+        began = time.perf_counter()
         run()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(times)]
-    for begin, end in marks:
-        begin.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(begin.elapsed_time(end) for begin, end in marks)[times // 2]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return 1000 * statistics.median(taken[WARM_RUNS:])
 
 
-def build(layers: int, storage: str = "", peft: bool = False, mlp: bool = True) -> Any:
-    """A random Llama with LoRA of rank 16 on all linears, on the card."""
+def build(shape: Shape, layers: int, storage: str = "", peft: bool = False) -> Any:
+    """A random Llama with LoRA of rank 16 on all linears."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INSIDE, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=LENGTH,
+        vocab_size=VOCAB, hidden_size=shape.hidden, intermediate_size=shape.inside,
+        num_hidden_layers=layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads, max_position_embeddings=shape.length,
     )  # fmt: skip
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(shape.device):
         model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
     attention.install(model)
     for name, layer in linears_to_freeze(model).items() if storage else ():
@@ -75,26 +94,27 @@ def build(layers: int, storage: str = "", peft: bool = False, mlp: bool = True) 
     return model.train()
 
 
-def batch(rows: int) -> Batch:
+def batch(shape: Shape, rows: int) -> Batch:
     """Full rows, all trained on."""
-    drawn = torch.randint(5, VOCAB, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
-    return collate([Example(row.tolist(), [True] * LENGTH) for row in drawn]).to("cuda")
+    source = torch.Generator().manual_seed(0)
+    drawn = torch.randint(5, VOCAB, (rows, shape.length), generator=source)
+    found = collate([Example(row.tolist(), [True] * shape.length) for row in drawn])
+    return found.to(torch.device(shape.device))
 
 
-def adapters_rows(rows: int, layers: int) -> Iterator[Row]:
+def adapters_rows(shape: Shape, rows: int, layers: int) -> Iterator[Row]:
     """A micro-batch forward and back through so many layers, for each way of adapters."""
+    tokens = rows * shape.length
     for name, way in ADAPTERS.items():
-        model = build(layers, **way)  # type: ignore[arg-type]
-        loss = CompiledLoss(model, FixedInputs(rows * LENGTH, LENGTH, True, rows)).train()
+        model = build(shape, layers, str(way.get("storage", "")), bool(way.get("peft")))
+        loss = CompiledLoss(model, FixedInputs(tokens, shape.length, True, rows)).train()
         if not way.get("mlp", True):
-            for module in causal_model(model).modules():
-                if type(module).__name__.startswith("Whole"):
-                    module.__class__ = type(module).__bases__[1]
-        cast = torch.autocast("cuda", torch.bfloat16) if way.get("peft") else nullcontext()
-        data = batch(rows)
+            mlp.uninstall(model)
+        cast = torch.autocast(shape.device, torch.bfloat16) if way.get("peft") else nullcontext()
+        data = batch(shape, rows)
 
         def step(loss: Any = loss, data: Batch = data, cast: Any = cast) -> None:
-            loss.accumulate(data, rows * LENGTH, lambda: cast)
+            loss.accumulate(data, tokens, lambda: cast)
 
         yield {"what": f"{layers} layers, {rows} rows", "way": name, "ms": milliseconds(step)}
         del loss, model, step
@@ -102,19 +122,20 @@ def adapters_rows(rows: int, layers: int) -> Iterator[Row]:
         torch.cuda.empty_cache()
 
 
-def attention_rows(length: int, tokens: int) -> Iterator[Row]:
+def attention_rows(shape: Shape, length: int, tokens: int) -> Iterator[Row]:
     """Documents of one length, forward and back."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    size = HIDDEN // HEADS
-    made = [torch.randn(tokens, HEADS, size, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    size, device = shape.hidden // shape.heads, shape.device
+    made = [torch.randn(tokens, shape.heads, size, device=device, dtype=torch.bfloat16)
+            for _ in range(4)]  # fmt: skip
     query, key, value = (one.requires_grad_() for one in made[:3])
-    offsets = torch.arange(0, tokens + 1, length, device="cuda", dtype=torch.int32)
-    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device="cuda")
+    offsets = torch.arange(0, tokens + 1, length, device=device, dtype=torch.int32)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=device)
     flex = torch.compile(flex_attention)
 
     def apart(x: torch.Tensor) -> torch.Tensor:
-        return x.view(-1, length, HEADS, size).transpose(1, 2)
+        return x.view(-1, length, shape.heads, size).transpose(1, 2)
 
     def run(way: str) -> None:
         if way == "FlexAttention":
@@ -126,16 +147,16 @@ def attention_rows(length: int, tokens: int) -> Iterator[Row]:
             )
         torch.autograd.grad(out, (query, key, value), made[3])
 
-    for way in ATTENTION:
+    for way in ATTENTION[: 3 if device == "cuda" else 2]:  # a CPU has no gradient of the third
         what = f"attention, {tokens // length} x {length:,} tokens"
         yield {"what": what, "way": way, "ms": milliseconds(lambda way=way: run(way))}
 
 
-def small_rows(tokens: int) -> Iterator[Row]:
+def small_rows(shape: Shape, tokens: int) -> Iterator[Row]:
     """Norm and SwiGLU, forward and back: the compiler's and Liger's."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    norm = LlamaRMSNorm(HIDDEN).to("cuda", torch.bfloat16)
+    norm = LlamaRMSNorm(shape.hidden).to(shape.device, torch.bfloat16)
     kinds: dict[str, dict[str, Callable[..., torch.Tensor]]] = {
         "norm": {"compiler": torch.compile(norm, dynamic=False)},
         "SwiGLU": {"compiler": torch.compile(lambda a, b: nn.functional.silu(a) * b)},
@@ -148,8 +169,8 @@ def small_rows(tokens: int) -> Iterator[Row]:
         kinds["norm"]["Liger"] = lambda x: LigerRMSNormFunction.apply(x, norm.weight, 1e-6)
         kinds["SwiGLU"]["Liger"] = LigerSiLUMulFunction.apply
     for kind, ways in kinds.items():
-        width, count = (HIDDEN, 1) if kind == "norm" else (INSIDE, 2)
-        made = [torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
+        width, count = (shape.hidden, 1) if kind == "norm" else (shape.inside, 2)
+        made = [torch.randn(tokens, width, device=shape.device, dtype=torch.bfloat16)
                 for _ in range(count + 1)]  # fmt: skip
         inputs = [one.requires_grad_() for one in made[:count]]
         for way, call in ways.items():
@@ -160,13 +181,22 @@ def small_rows(tokens: int) -> Iterator[Row]:
             yield {"what": f"{kind}, {tokens:,} tokens", "way": way, "ms": milliseconds(run)}
 
 
+KINDS: dict[str, Callable[[Shape, argparse.Namespace], Iterator[Row]]] = {
+    "adapters": lambda shape, options: adapters_rows(shape, options.rows, options.layers),
+    "attention": lambda shape, _: chain.from_iterable(
+        attention_rows(shape, *one) for one in shape.documents
+    ),
+    "small": lambda shape, options: small_rows(shape, options.rows * shape.length),
+}
+
+
 def write(folder: Path, rows: Sequence[Row], card: str) -> None:
     """layers.md and layers.json."""
     folder.mkdir(parents=True, exist_ok=True)
     best: dict[str, float] = {}
     for row in rows:
         best[row["what"]] = min(row["ms"], best.get(row["what"], row["ms"]))
-    lines = [f"# Layers of the 7B shape on {card}", "", "| what | way | ms | × the fastest |",
+    lines = [f"# Layers on {card}", "", "| what | way | ms | × the fastest |",
              "| --- | --- | --: | --: |"]  # fmt: skip
     for row in rows:
         ratio = row["ms"] / best[row["what"]]
@@ -181,24 +211,22 @@ def main(words: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for layers.md")
     parser.add_argument("--layers", type=int, default=4, help="how many at once")
-    parser.add_argument("--rows", type=int, default=4, help=f"of {LENGTH:,} tokens")
-    parser.add_argument("--only", default="adapters,attention,small", help="which, with commas")
+    parser.add_argument("--rows", type=int, default=4, help=f"of {SEVEN_B.length:,} tokens")
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape, to try this on a CPU")
+    parser.add_argument("--only", default=",".join(KINDS), help="which, with commas")
     options = parser.parse_args(words)
-    if not torch.cuda.is_available():
-        parser.error("this needs a GPU")
-    kinds: dict[str, Callable[[], list[Iterator[Row]]]] = {
-        "adapters": lambda: [adapters_rows(options.rows, options.layers)],
-        "attention": lambda: [attention_rows(2048, 8192), attention_rows(8192, 8192),
-                              attention_rows(32768, 32768)],
-        "small": lambda: [small_rows(8192)],
-    }  # fmt: skip
+    kinds = options.only.split(",")
+    if wrong := set(kinds) - set(KINDS):
+        parser.error(f"unknown: {', '.join(sorted(wrong))}; there are {', '.join(KINDS)}")
+    shape = TINY if options.tiny else SEVEN_B
+    if shape.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this needs a GPU; --tiny tries it without")
     rows: list[Row] = []
-    for kind in options.only.split(","):
-        for part in kinds[kind]():
-            for row in part:
-                rows.append(row)
-                console.say(f"{row['what']}: {row['way']} {row['ms']:.2f} ms")
-                write(options.output, rows, gpu.card_name())
+    for kind in kinds:
+        for row in KINDS[kind](shape, options):
+            rows.append(row)
+            console.say(f"{row['what']}: {row['way']} {row['ms']:.2f} ms")
+            write(options.output, rows, gpu.card_name())
     return rows
 
 

@@ -10,10 +10,11 @@ FP8_SMALLEST = 1e-12
 """A row smaller than this is as good as zero."""
 
 
-def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (N, K) as e4m3 numbers and the float32 scales (N, 1) of its rows."""
+def round_rows(x: torch.Tensor, room: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (N, K) as e4m3 numbers, the largest of a row 448 / `room`, and the float32 scales (N, 1) of
+    its rows."""
     wide = x.float()
-    scales = wide.abs().amax(1, keepdim=True).clamp(min=FP8_SMALLEST) / E4M3_MAX
+    scales = wide.abs().amax(1, keepdim=True).clamp(min=FP8_SMALLEST) * (room / E4M3_MAX)
     return (wide / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scales
 
 

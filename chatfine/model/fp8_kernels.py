@@ -1,4 +1,4 @@
-"""The Triton programs that write 8-bit floats; each takes rows as they lie and reads them once.
+"""The Triton programs that write 8-bit floats, one a row (or some rows) at a time.
 
 `model.fp8_rows` and `model.swiglu_fp8` say what they compute, and have twins in plain torch.
 """

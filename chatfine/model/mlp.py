@@ -37,6 +37,16 @@ def install(model: nn.Module) -> int:
     return count
 
 
+def uninstall(model: nn.Module) -> None:
+    """Give the modules' own classes back."""
+    for module in model.modules():
+        kind = chunked.own_class(module)
+        if isinstance(module, _Cut):
+            kind = type(module).__bases__[1].__bases__[1]
+        if isinstance(module, (_Cut, _Whole)):
+            chunked.give_class(module, kind.__bases__[1])
+
+
 def _pair(module: Any) -> Joined | None:
     """What computes gate and up, if it computes nothing else."""
     linears = [getattr(module, name, None) for name in TOGETHER[1]]

@@ -20,6 +20,8 @@ from chatfine.model.swiglu_fp8 import swiglu_fp8, swiglu_fp8_back
 
 Kept = tuple[torch.Tensor, ...]
 """What the backward pass of some tokens needs: inner, both, h, inner_down (see `_ahead`)."""
+Back = tuple[torch.Tensor, torch.Tensor]
+"""The codes of a weight for a backward product, and the factors of a gradient before it."""
 
 
 class MlpFp8(torch.autograd.Function):
@@ -43,13 +45,15 @@ class MlpFp8(torch.autograd.Function):
     ) -> torch.Tensor:
         """See the class; kept are the inputs of both products, and what comes out of the first."""
         low = [one.to(x.dtype) for one in weights]
-        inside = len(second_tails[1])
-        rights = (
-            lora_fp8.right_of(storages[0], first, first_tails[0], x.shape[1]),
-            lora_fp8.right_of(storages[1], second, second_tails[0], inside),
+        (tail, tail_back), (tail_down, tail_down_back) = first_tails, second_tails
+        y, kept = _ahead(
+            x,
+            low[:3],
+            lambda: lora_fp8.right_of(storages[0], first, tail, len(tail_back)),
+            lambda: lora_fp8.right_of(storages[1], second, tail_down, len(tail_down_back)),
+            (tail.shape[1], tail_down.shape[1]),
         )
-        y, kept = _ahead(x, low[:3], rights, (first_tails[0].shape[1], second_tails[0].shape[1]))
-        ctx.save_for_backward(x, *kept, first_tails[1], second_tails[1], *low[3:], *first, *second)
+        ctx.save_for_backward(x, *kept, tail_back, tail_down_back, *low[3:], *first, *second)
         ctx.scales, ctx.storages, ctx.count = scales, storages, len(first)
         return y
 
@@ -59,46 +63,45 @@ class MlpFp8(torch.autograd.Function):
         x, inner, both, h, inner_down, tail, tail_down, *rest = ctx.saved_tensors
         b, packed = rest[:3], rest[3:]
         first, second = tuple(packed[: ctx.count]), tuple(packed[ctx.count :])
-        second = unpacked_again(ctx.storages[1], second, grad)
-        first = unpacked_again(ctx.storages[0], first, grad)
-        rights = _rights_back(ctx.storages, (first, second), (tail, tail_down))
-        kept = inner, both, h, inner_down
+        names = ctx.storages
         grad_x, *found = _back(
-            grad, x, kept, b, rights, (tail.shape[1], tail_down.shape[1]), ctx.scales
+            grad,
+            x,
+            (inner, both, h, inner_down),
+            b,
+            lambda g: _right_back(names[0], unpacked_again(names[0], first, g), tail),
+            lambda g: _right_back(names[1], unpacked_again(names[1], second, g), tail_down),
+            (tail.shape[1], tail_down.shape[1]),
+            ctx.scales,
         )
         return (grad_x, *[None] * 6, *found)
 
 
 def _ahead(
-    x: torch.Tensor, a: Sequence[torch.Tensor], rights: tuple[Pair, Pair], widths: tuple[int, int]
+    x: torch.Tensor,
+    a: Sequence[torch.Tensor],
+    first: Callable[[], Pair],
+    second: Callable[[], Pair],
+    widths: tuple[int, int],
 ) -> tuple[torch.Tensor, Kept]:
     """y of x, and what its backward pass needs.
 
     Args:
+        x: (N, in).
         a: of gate, up and down, in the format of x.
-        rights: the weights of both products.
+        first, second: the weights of both products, asked for when they are needed.
         widths: how many columns adapters add to them.
     """
     inner = F.linear(x, torch.cat((a[0], a[1])))
-    both = lora_fp8.product(fp8_rows(x, inner, None, 1.0, widths[0]), rights[0], x)
+    both = lora_fp8.product(fp8_rows(x, inner, None, 1.0, widths[0]), first(), x)
     h, codes, own = swiglu_fp8(both, widths[1])
     inner_down = F.linear(h, a[2])
     fp8_columns(codes, own, inner_down, 1.0, widths[1])
-    return lora_fp8.product((codes, own), rights[1], h), (inner, both, h, inner_down)
+    return lora_fp8.product((codes, own), second(), h), (inner, both, h, inner_down)
 
 
-Back = tuple[torch.Tensor, torch.Tensor]
-"""The codes of a weight for a backward product, and the factors of a gradient before it."""
-
-
-def _rights_back(
-    storages: Sequence[str], packed: Sequence[Packed], tails: Sequence[torch.Tensor]
-) -> tuple[Back, Back]:
-    one, two = (
-        (lora_fp8.right_back_of(name, some, tail, len(tail)), row_factors(name, some))
-        for name, some, tail in zip(storages, packed, tails, strict=True)
-    )
-    return one, two
+def _right_back(storage: str, packed: Packed, tail: torch.Tensor) -> Back:
+    return lora_fp8.right_back_of(storage, packed, tail, len(tail)), row_factors(storage, packed)
 
 
 def _back(
@@ -106,17 +109,20 @@ def _back(
     x: torch.Tensor,
     kept: Kept,
     b: Sequence[torch.Tensor],
-    rights: tuple[Back, Back],
+    first: Callable[[torch.Tensor], Back],
+    second: Callable[[torch.Tensor], Back],
     widths: tuple[int, int],
     scales: tuple[float, float],
 ) -> list[torch.Tensor]:
-    """The gradients of x, of A of gate, up and down, and of their B, for that of y."""
+    """The gradients of x, of A of gate, up and down, and of their B, for that of y; `first` and
+    `second` are told by which gradient they will be multiplied."""
     inner, both, h, inner_down = kept
-    (right, factors), (right_down, factors_down) = rights
+    right, factors = second(grad)
     back_down = inner_gradient(grad, b[2:], scales[1])
-    left = fp8_rows(grad, back_down, factors_down, 1 / a_unit(h.shape[1]), widths[1])
-    grad_h = lora_fp8.product_back(left, right_down, h)
+    left = fp8_rows(grad, back_down, factors, 1 / a_unit(h.shape[1]), widths[1])
+    grad_h = lora_fp8.product_back(left, right, h)
     a_down, b_down = adapter_gradients(grad, back_down, h, inner_down, b[2:], scales[1])
+    right, factors = first(grad_h)
     grad_both, codes, own = swiglu_fp8_back(grad_h, both, factors, widths[0])
     back = inner_gradient(grad_both, b[:2], scales[0])
     fp8_columns(codes, own, back, 1 / a_unit(x.shape[1]), widths[0])
@@ -152,16 +158,7 @@ def mlp_fp8_pieces(
 
 
 @mlp_fp8_pieces.register_fake
-def _(
-    x: torch.Tensor,
-    piece: int,
-    scales: Sequence[float],
-    storages: str,
-    first: Sequence[torch.Tensor],
-    second: Sequence[torch.Tensor],
-    tails: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-) -> torch.Tensor:
+def _(x: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
@@ -181,11 +178,17 @@ def _pieces_back(
     ahead = _ahead_of(x, storages, first, second, tails, weights)
     b = [one.to(x.dtype) for one in weights[3:]]
     packed, names = (tuple(first), tuple(second)), storages.split(",")
-    rights = _rights_back(names, packed, (tails[1], tails[3]))
+    first_right, second_right = (
+        _right_back(name, some, tail)
+        for name, some, tail in zip(names, packed, (tails[1], tails[3]), strict=True)
+    )
     widths, factors = (tails[1].shape[1], tails[3].shape[1]), (scales[0], scales[1])
     parts, sums = [], [torch.zeros_like(one, dtype=torch.float32) for one in weights]
     for some, from_above in zip(torch.split(x, piece), torch.split(grad, piece), strict=True):
-        part, *found = _back(from_above, some, ahead(some)[1], b, rights, widths, factors)
+        part, *found = _back(
+            from_above, some, ahead(some)[1], b, lambda _: first_right, lambda _: second_right,
+            widths, factors,
+        )  # fmt: skip
         parts.append(part)
         for total, one in zip(sums, found, strict=True):
             total += one
@@ -193,18 +196,8 @@ def _pieces_back(
 
 
 @_pieces_back.register_fake
-def _(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    piece: int,
-    scales: Sequence[float],
-    storages: str,
-    first: Sequence[torch.Tensor],
-    second: Sequence[torch.Tensor],
-    tails: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape), *(one.new_empty(one.shape) for one in weights)]
+def _(grad: torch.Tensor, x: torch.Tensor, *rest: Any) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape), *(one.new_empty(one.shape) for one in rest[-1])]
 
 
 def _ahead_of(
@@ -216,13 +209,11 @@ def _ahead_of(
     weights: Sequence[torch.Tensor],
 ) -> Callable[[torch.Tensor], tuple[torch.Tensor, Kept]]:
     """`_ahead` for pieces of x; what is unpacked for it is unpacked once."""
-    names, inside = storages.split(","), len(tails[3])
-    rights = (
-        lora_fp8.right_of(names[0], tuple(first), tails[0], x.shape[1]),
-        lora_fp8.right_of(names[1], tuple(second), tails[2], inside),
-    )
+    names = storages.split(",")
+    first_right = lora_fp8.right_of(names[0], tuple(first), tails[0], len(tails[1]))
+    second_right = lora_fp8.right_of(names[1], tuple(second), tails[2], len(tails[3]))
     low, widths = [one.to(x.dtype) for one in weights[:3]], (tails[0].shape[1], tails[2].shape[1])
-    return lambda some: _ahead(some, low, rights, widths)
+    return lambda some: _ahead(some, low, lambda: first_right, lambda: second_right, widths)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

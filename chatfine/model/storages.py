@@ -49,7 +49,7 @@ from chatfine.model.fp8 import (
     round_rows,
 )
 
-FP8_ROOM = 16.0
+FP8_ROOM = 16
 NF4_BLOCK = 64
 # quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E)
 NF4_LEVELS = (
@@ -185,9 +185,8 @@ class Fp8(Storage):
 
     def pack(self, weight: torch.Tensor) -> Packed:
         """Codes (out, in) as bytes, scales (out, 4) bytes."""
-        wide = weight.to(torch.float32)
-        scales = wide.abs().amax(1, keepdim=True).clamp(min=FP8_SMALLEST) * (FP8_ROOM / E4M3_MAX)
-        return (wide / scales).to(E4M3).view(torch.uint8), scales.view(torch.uint8)
+        codes, scales = round_rows(weight, FP8_ROOM)
+        return codes.view(torch.uint8), scales.view(torch.uint8)
 
     def unpack(self, packed: Packed, in_features: int, dtype: torch.dtype) -> torch.Tensor:
         """The rounded weight."""

@@ -2,9 +2,9 @@
 
 What comes out of the gate's and the up projection's product is read once and written as the next
 product wants it: codes of 8-bit floats, their rows' scales, and room behind them for an adapter's
-columns (`fp8_rows.fp8_columns`). On its own the activation would be one pass and the rounding
-another; of a 7B model's step on an H100 the second took 6 of 302 ms. A row's scale is that of its
-states alone, since the adapter's columns need these first; so some room above is left for them.
+columns (`fp8_rows.fp8_columns`). Activation and rounding as two passes took 0.24 ms more for each
+layer of a 7B model and 8,192 tokens on an H100. A row's scale is that of its states alone, since
+the adapter's columns need these first; so some room above is left for them.
 
 The twins in plain torch serve where there is no Triton.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from chatfine.model.fp8 import E4M3, E4M3_MAX, FP8_SMALLEST
+from chatfine.model.fp8 import E4M3, E4M3_MAX, round_rows
 from chatfine.model.fp8_kernels import swiglu_back_kernel, swiglu_kernel
 
 ROOM = 16
@@ -106,7 +106,7 @@ def _(
 
 
 def _round_into(codes: torch.Tensor, wide: torch.Tensor, room: int) -> torch.Tensor:
-    """Write float32 rows (N, K) to the first columns of `codes`; returns their scales (N, 1)."""
-    scales = wide.abs().amax(1, keepdim=True).clamp(min=FP8_SMALLEST) * (room / E4M3_MAX)
-    codes[:, : wide.shape[1]] = (wide / scales).to(E4M3).view(torch.uint8)
+    """Write rows (N, K) to the first columns of `codes`; returns their scales (N, 1)."""
+    found, scales = round_rows(wide, room)
+    codes[:, : wide.shape[1]] = found.view(torch.uint8)
     return scales

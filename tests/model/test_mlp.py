@@ -131,6 +131,10 @@ def test_in_pieces_it_computes_the_same_and_keeps_what_it_reads(storage: str, tu
     model.eval()
     x = torch.randn(2, 24, HIDDEN)
     torch.testing.assert_close(pieces(x), model(x))
+    for one in (pieces, model):
+        mlp.uninstall(one)
+        assert chunked.own_class(one.base_model.model.mlp) is LlamaMLP
+    assert chunked.in_pieces(inner)
 
 
 def test_against_exact_products_it_is_as_far_as_its_linears_are() -> None:

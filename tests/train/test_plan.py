@@ -400,14 +400,16 @@ def test_a_long_row_takes_the_memory_of_a_piece_of_it() -> None:
         work = dataclasses.replace(WORK, recompute_layers=32, micro_tokens=tokens, **changes)
         return make_plan(shape, work).activation_bytes
 
-    kept = (
-        4 * shape.query + 2 * shape.hidden
-    )  # heads, what q, k and v read, the second norm's input
+    # what heads keep, what q, k and v read, the second norm's input, 32 layers' inputs, A's outputs
+    between = 4 * shape.query + 2 * shape.hidden + 32 * shape.hidden + 7 * WORK.rank
     gradients = shape.hidden + 2 * (shape.query + shape.key) + 2 * shape.query  # one in float32
-    expected = 2 * (32 * shape.hidden + kept + gradients + 7 * WORK.rank)
     long = activations(4 * limit) - activations(4 * limit - 1)
-    assert long == pytest.approx(expected)
-    assert long < activations(limit) - activations(limit - 1)
+    assert long == pytest.approx(2 * (between + gradients))
+    short = activations(limit) - activations(limit - 1)
+    inner = (3 + 1 + 4) * shape.intermediate * 2  # gate, up, product; down's input; in flight
+    inner += (2 * 4 - 2) * shape.hidden  # what norms keep in float32 but for one's own input
+    inner += 2 * shape.hidden  # what gate and up read
+    assert short == pytest.approx(2 * between + inner)
     assert activations(limit + 1) < activations(limit)
     assert activations(4 * limit, targets=("q_proj",)) < activations(4 * limit)
     work = dataclasses.replace(WORK, micro_tokens=4 * limit)

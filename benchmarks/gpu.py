@@ -7,24 +7,18 @@ written anew after each, so a run that is cut short keeps what it had. See bench
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
-import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import children
 import gpu_report
 import inputs
 from gpu_cases import OURS, SYSTEMS, Case, Run, choose
@@ -35,78 +29,8 @@ from chatfine import console
 
 HERE = Path(__file__).resolve().parent
 TOKENIZER = HERE.parents[1] / "shared/tokenizers/llama2_hf"
-LIBRARIES = ("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "unsloth",
-             "bitsandbytes")  # fmt: skip
 ROWS, DIALOGUES = 128, 1200
 """Rows divide by every batch, so that no step is smaller."""
-QUIET = {
-    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CHATFINE_LANG": "en",
-    "UNSLOTH_DISABLE_STATISTICS": "1", "WANDB_DISABLED": "true", "PYTHONUNBUFFERED": "1",
-}  # fmt: skip
-ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*|^(?:error|Error): .*")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a process went: seconds until its log had a line (None: never), its JSON, or a reason."""
-
-    first_step_seconds: float | None
-    result: dict[str, Any]
-    error: str
-
-
-def watch(
-    command: Sequence[str], log: Path, work: Path, timeout: float, home: Path | None = None
-) -> Ended:
-    """Run a process that adds a line to `log` after each step, with all that it starts.
-
-    Args:
-        command: what to run; the last JSON object it prints on a line of its own is its result.
-        log: made by the process; the time of its first line is noted.
-        work: where it runs and where its output is kept.
-        timeout: seconds after which it is ended, its children too.
-        home: chatfine's cache folder; the default is in `work`.
-    """
-    log.unlink(missing_ok=True)
-    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = QUIET | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "CHATFINE_HOME": str(home or work / "cache"),
-    }
-    out, err = work / "stdout", work / "stderr"
-    first = None
-    with out.open("wb") as stdout, err.open("wb") as stderr:
-        began = time.perf_counter()
-        child = subprocess.Popen(command, stdout=stdout, stderr=stderr, cwd=work,
-                                 env=os.environ | own, start_new_session=True)  # fmt: skip
-        try:
-            while child.poll() is None and time.perf_counter() - began < timeout:
-                if first is None and log.is_file() and log.stat().st_size:
-                    first = time.perf_counter() - began
-                time.sleep(0.02)
-            late = child.poll() is None
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # compiler workers, and a late child
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-    if late:
-        return Ended(first, {}, f"ended after {timeout:,.0f} s")
-    text = out.read_text(encoding="utf-8", errors="replace").strip()
-    if child.returncode:
-        said = err.read_text(encoding="utf-8", errors="replace") + "\n" + text
-        return Ended(first, {}, reason(said) or f"ended with code {child.returncode}")
-    found = [one for one in text.split("\n") if one.startswith('{"')]
-    return Ended(first, json.loads(found[-1]) if found else {}, "")
-
-
-def reason(said: str) -> str:
-    """The line of an output that says what went wrong, shortened for a table."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    if lines and lines[-1].startswith('{"error"'):  # chatfine --json
-        told = json.loads(lines[-1])
-        return f"{told['error']}: {told['what']}"[:200]
-    found = [line for line in lines if ERROR.match(line)]
-    return (found or lines or [""])[-1][:200]
 
 
 def read_steps(log: Path) -> list[tuple[int, float]]:
@@ -144,9 +68,11 @@ def our_words(case: Case, run: Run, model: Path, data: Path, output: Path, steps
     ]  # fmt: skip
 
 
-def measure(case: Case, run: Run, model: Path, data: Path, options: argparse.Namespace) -> Result:
+def measure(case: Case, run: Run, card: str | None, options: argparse.Namespace) -> Result:
     """One system's run and what came of it; a failure is a result too."""
-    work = options.work
+    model, data = prepare(case, options)
+    work = options.work / f"card-{card or 0}"
+    work.mkdir(exist_ok=True)
     output, log = work / "run", work / "steps.jsonl"
     shutil.rmtree(output, ignore_errors=True)
     steps = case.warm_up + run.times * (case.steps or options.steps)
@@ -159,7 +85,10 @@ def measure(case: Case, run: Run, model: Path, data: Path, options: argparse.Nam
                "batch": run.batch, "length": case.length, "steps": steps, "packing": run.packing,
                "checkpointing": run.checkpointing, "full_rows": case.data == "rows"}  # fmt: skip
         words = [str(HERE / "gpu_peers.py"), json.dumps(job)]
-    ended = watch([sys.executable, *words], log, work, options.timeout)
+    home = options.work / "cache"
+    ended = children.watch(
+        [*children.placed(card), sys.executable, *words], log, work, options.timeout, home
+    )
     taken = read_steps(log)
     rate = speed(taken[case.warm_up :])
     decided = output / "decisions.json"
@@ -182,13 +111,20 @@ def _recomputed(decided: dict[str, Any]) -> str:
     return f"{layers} layers{', offloaded' if decided['offload'] else ''}" if layers else "none"
 
 
-def prepare(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:
-    """The model folder and data file of a case, made if they are not there yet."""
-    model = options.work / "models" / case.shape
+def write_model(shape: str, card: str | None, options: argparse.Namespace) -> Path:
+    """The model folder of a shape, made on this card if it is not there yet."""
+    model: Path = options.work / "models" / shape
     if not (model / "config.json").is_file():
         # in another process, which gives the card's memory back
-        subprocess.run([sys.executable, str(HERE / "inputs.py"), str(model), case.shape,
-                        str(options.tokenizer)], check=True, stdout=sys.stderr)  # fmt: skip
+        words = [str(HERE / "inputs.py"), str(model), shape, str(options.tokenizer)]
+        command = [*children.placed(card), sys.executable, *words]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return model
+
+
+def prepare(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:
+    """The model folder and data file of a case, made if they are not there yet."""
+    model = write_model(case.shape, None, options)
     data = options.work / f"{case.data}-{case.length}.jsonl"
     if not data.is_file():
         size = Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab_size()
@@ -205,23 +141,17 @@ def prepare(case: Case, options: argparse.Namespace) -> tuple[Path, Path]:
     return model, data
 
 
-def card_name() -> str:
-    """The first card, or the processor where there is none."""
-    if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        done = subprocess.run(asked, capture_output=True, text=True, check=False)
-        if done.returncode == 0 and done.stdout.strip():
-            return done.stdout.strip().splitlines()[0]
-    return f"no GPU, {os.cpu_count()} cores"
-
-
-def installed() -> dict[str, str]:
-    """The libraries that the numbers depend on."""
-    found = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+def jobs_of(options: argparse.Namespace) -> list[list[tuple[Case, Run]]]:
+    """What is measured one after the other on one card; the longest rows first, so that no card
+    waits for another at the end."""
+    jobs: list[list[tuple[Case, Run]]] = []
+    for case, runs in options.chosen:
+        for run in runs:
+            if run.again and jobs and jobs[-1][-1][0] is case:
+                jobs[-1].append((case, run))
+            else:
+                jobs.append([(case, run)])
+    return sorted(jobs, key=lambda job: -job[0][0].length)
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -234,20 +164,28 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--weights", default="", help="only with frozen weights in these formats, with commas")
     add("--all", action="store_true", dest="everything", help="the less important runs too")
     add("--steps", type=int, default=8, help="measured steps")
+    add(
+        "--gpus",
+        default="",
+        help="numbers of cards with commas, one measurement at a time on each;"
+        " the default is the first",
+    )
     add("--work", type=Path, help="folder for models and runs; the default is temporary")
     add("--timeout", type=float, default=180, help="seconds a measurement may take")
     add("--tokenizer", type=Path, default=TOKENIZER, help="folder of a tokenizer")
     add("--dialog", type=Path, help="folder of MTS-Dialog; without it lengths are drawn at random")
     add("--join", type=Path, action="append", default=[], help="a gpu.json to go on from")
     options = parser.parse_args(words)
-    options.systems = [name for name in options.systems.split(",") if name]
+    options.systems, options.gpus, weights = (
+        [name for name in text.split(",") if name]
+        for text in (options.systems, options.gpus, options.weights)
+    )
     if wrong := set(options.systems) - set(SYSTEMS):
         parser.error(f"unknown: {', '.join(sorted(wrong))}; systems: {', '.join(SYSTEMS)}")
     if not options.tokenizer.is_dir():
         parser.error(f"there is no folder {options.tokenizer}; give one with --tokenizer")
     if options.dialog and not (options.dialog / inputs.DIALOGUES).is_file():
         parser.error(f"there is no {inputs.DIALOGUES} in {options.dialog}")
-    weights = [name for name in options.weights.split(",") if name]
     options.chosen = choose(options.only, options.systems, options.everything, weights)
     if not options.chosen and not options.join:
         parser.error(f"no case has {options.only!r} in its name")
@@ -257,10 +195,10 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> list[Result]:
     """Measure all that was chosen; returns the results, earlier ones included."""
     options = arguments(words)
-    options.card = card_name()
+    options.card = children.card_name()
     earlier = [one for file in options.join for one in gpu_report.read(file)]
     facts = {
-        "libraries": installed(),
+        "libraries": children.installed(),
         "dialogues": "MTS-Dialog" if options.dialog else "random tokens, lognormal lengths",
     }
     results = earlier
@@ -268,13 +206,24 @@ def main(words: Sequence[str] | None = None) -> list[Result]:
         options.work = (options.work or Path(folder)).resolve()
         options.work.mkdir(parents=True, exist_ok=True)
         gpu_report.write(options.output, results, facts)
-        for case, runs in options.chosen:
-            model, data = prepare(case, options)
-            for run in runs:
-                result = measure(case, run, model, data, options)
+        # before anything is measured, the models as many at a time as there are cards
+        shapes = list(dict.fromkeys(case.shape for case, _ in options.chosen))
+
+        def made(shape: str, card: str | None) -> Path:
+            return write_model(shape, card, options)
+
+        list(children.on_cards(shapes, made, options.gpus))
+        for case, _ in options.chosen:
+            prepare(case, options)
+
+        def measured(job: Sequence[tuple[Case, Run]], card: str | None) -> list[Result]:
+            return [measure(case, run, card, options) for case, run in job]
+
+        for several in children.on_cards(jobs_of(options), measured, options.gpus):
+            for result in several:
                 results = gpu_report.merged(results, result)
-                gpu_report.write(options.output, results, facts)
                 console.say(gpu_report.line(result))
+            gpu_report.write(options.output, results, facts)
     return results
 
 

@@ -29,6 +29,7 @@ class Run:
         checkpointing: of a peer; chatfine decides by itself unless `flags` say so.
         packing: of TRL and Unsloth; chatfine always packs.
         flags: more words for `chatfine train`.
+        again: right after the run before it and on the same card, whose caches it finds.
         times: measure so many times the usual steps, where steps are short and unequal.
         thorough: only with --all.
     """
@@ -39,6 +40,7 @@ class Run:
     checkpointing: bool = False
     packing: bool = False
     flags: tuple[str, ...] = ()
+    again: bool = False
     times: int = 1
     note: str = ""
     thorough: bool = False
@@ -85,7 +87,7 @@ ROWS = "every token of full 2,048-token rows"
 CASES = (
     Case("7b-lora-rows", f"7B, LoRA, {ROWS}", "7b", "lora", "rows", 2048, (
         Run(OURS, "fp8"),
-        Run(OURS, "fp8", note="started again", thorough=True),
+        Run(OURS, "fp8", again=True, note="started again"),
         Run(OURS, "bf16"),
         Run("trl", "bf16"),
         Run("trl-liger", "bf16"),
@@ -127,7 +129,7 @@ CASES = (
         Run(OURS, "nf4", 1, flags=("--gpu-memory", "24", "--rope-scaling", "linear"),
             note="--gpu-memory 24"),
         Run("unsloth", "nf4", 1, checkpointing=True),
-    ), warm_up=1, steps=2, extra=True),
+    ), warm_up=1, steps=2),
     Case("tiny-lora-rows", "a tiny model, LoRA, to try this script", "tiny", "lora", "rows", 64, (
         Run(OURS, "bf16", 2, flags=("--dtype", "fp32")),
         Run("trl", "bf16", 2),

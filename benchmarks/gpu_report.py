@@ -80,10 +80,21 @@ def read(file: Path) -> list[Result]:
 
 
 def merged(results: Sequence[Result], new: Result) -> list[Result]:
-    """All results in the order of the cases, a new one in the place of its older self."""
-    order = [case.name for case in CASES]
+    """All results in the order of the cases' runs, a new one in the place of its older self."""
     kept = [one for one in results if one.key != new.key]
-    return sorted([*kept, new], key=lambda one: order.index(one.case))
+    return sorted([*kept, new], key=place)
+
+
+def place(result: Result) -> tuple[int, int]:
+    """Which case of the list it belongs to, and which of its runs; one that is no longer there
+    comes last."""
+    number = [case.name for case in CASES].index(result.case)
+    own = (result.system, result.weights, result.batch, result.note)
+    for at, run in enumerate(runs := CASES[number].runs):
+        packed = run.system == OURS or run.packing == result.packing
+        if packed and own == (run.system, run.weights, run.batch, run.note):
+            return number, at
+    return number, len(runs)
 
 
 def fastest(results: Sequence[Result], ours: bool) -> Result | None:

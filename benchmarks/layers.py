@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import gpu
+import children
 import torch
 from torch import nn
 
@@ -202,7 +202,7 @@ def write(folder: Path, rows: Sequence[Row], card: str) -> None:
         ratio = row["ms"] / best[row["what"]]
         lines.append(f"| {row['what']} | {row['way']} | {row['ms']:.2f} | {ratio:.2f} |")
     (folder / "layers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    facts = {"card": card, "libraries": gpu.installed(), "rows": list(rows)}
+    facts = {"card": card, "libraries": children.installed(), "rows": list(rows)}
     (folder / "layers.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
@@ -226,7 +226,7 @@ def main(words: Sequence[str] | None = None) -> list[Row]:
         for row in KINDS[kind](shape, options):
             rows.append(row)
             console.say(f"{row['what']}: {row['way']} {row['ms']:.2f} ms")
-            write(options.output, rows, gpu.card_name())
+            write(options.output, rows, children.card_name())
     return rows
 
 

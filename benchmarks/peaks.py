@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import children
 import gpu
 import inputs
 import psutil
@@ -236,7 +237,7 @@ def measure(job: Job, card: str, options: argparse.Namespace) -> Result:
     folder.mkdir(parents=True)
     where = ["env", f"CUDA_VISIBLE_DEVICES={card}"] if card else []
     began = time.perf_counter()
-    ended = gpu.watch([*where, sys.executable, *job.words], output / "metrics.jsonl", folder,
+    ended = children.watch([*where, sys.executable, *job.words], output / "metrics.jsonl", folder,
                       options.timeout)  # fmt: skip
     decided, file = job.decided, output / "decisions.json"
     if file.is_file():
@@ -317,7 +318,7 @@ def chosen(only: str) -> list[Setting]:
 def main(words: Sequence[str] | None = None) -> list[Result]:
     """Measure all that was chosen; returns the results, earlier ones included."""
     options = arguments(words)
-    options.card, libraries = gpu.card_name(), gpu.installed()
+    options.card, libraries = children.card_name(), children.installed()
     results = [one for file in options.join for one in read(file)]
     if options.replan:
         results = [planned_again(one) for one in results]

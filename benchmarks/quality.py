@@ -9,20 +9,17 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import queue
 import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gpu
+import children
 import inputs
-import psutil
 import quality_report
 from quality_report import BASE, STORAGES, Result
 from safetensors import SafetensorError
@@ -149,7 +146,7 @@ def whole(
     except (OSError, ValueError, SafetensorError) as error:
         return None, f"no adapter of the last step: {error}"
     words = [*place, sys.executable, *whole_words(data, output, options)]
-    ended = gpu.watch(words, work / "no-log", work, options.timeout, options.work / "cache")
+    ended = children.watch(words, work / "no-log", work, options.timeout, options.work / "cache")
     loss = ended.result.get("loss")
     return loss, ended.error or ("" if loss is not None else "eval gave no loss")
 
@@ -161,11 +158,11 @@ def train(name: str, storage: str, seed: int, card: str | None, options: Any) ->
     work.mkdir(parents=True)
     output = work / "run"
     words = our_words(options.work / name, storage, seed, output, options)
-    place = [] if card is None else ["env", f"CUDA_VISIBLE_DEVICES={card}"]
+    place = children.placed(card)
     log = output / "metrics.jsonl"
     # what is compiled and tokenised serves all seeds
     home = options.work / "cache"
-    ended = gpu.watch([*place, sys.executable, *words], log, work, options.timeout, home)
+    ended = children.watch([*place, sys.executable, *words], log, work, options.timeout, home)
     points, error = read_points(log), ended.error
     if not error and (not points or points[-1][0] != options.steps):
         error = f"no validation loss after step {options.steps}"
@@ -188,32 +185,6 @@ def train(name: str, storage: str, seed: int, card: str | None, options: Any) ->
         peak_bytes=ended.result.get("peak_memory_bytes"), error=error, card=options.card,
         command=" ".join(words), whole_loss=whole_loss, whole_error=whole_error,
     )  # fmt: skip
-
-
-def train_all(jobs: Sequence[tuple[str, str, int]], options: Any) -> Iterable[Result]:
-    """The results of all runs as they finish; `options.jobs` at a time on each card."""
-    slots: queue.Queue[str | None] = queue.Queue()
-    for _ in range(options.jobs):
-        for card in options.gpus or [None]:
-            slots.put(card)
-
-    def one(job: tuple[str, str, int]) -> Result:
-        card = slots.get()
-        try:
-            return train(*job, card, options)
-        finally:
-            slots.put(card)
-
-    with ThreadPoolExecutor(slots.qsize()) as pool:
-        waiting = [pool.submit(one, job) for job in jobs]
-        try:
-            for future in as_completed(waiting):
-                yield future.result()
-        except BaseException:  # Ctrl-C: the runs are in sessions of their own and don't see it
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in psutil.Process().children():
-                child.kill()
-            raise
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -274,7 +245,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> list[Result]:
     """Run all that is not there yet; returns the results, earlier ones included."""
     options = arguments(words)
-    options.card = gpu.card_name()
+    options.card = children.card_name()
     jobs = [
         (source.name, storage, seed)
         for seed in options.seeds  # first, so that a benchmark cut short can still compare
@@ -287,14 +258,19 @@ def main(words: Sequence[str] | None = None) -> list[Result]:
         options.work = (options.work or Path(folder)).resolve()
         facts = {
             "settings": options.settings,
-            "libraries": gpu.installed(),
+            "libraries": children.installed(),
             "data": {
                 source.name: write_data(source, data, options.work / source.name, options)
                 for source, data in options.sources.items()
             },
         }
         quality_report.write(options.output, results, facts)
-        for result in train_all([job for job in jobs if job not in done], options):
+        left = [job for job in jobs if job not in done]
+
+        def run(job: tuple[str, str, int], card: str | None) -> Result:
+            return train(*job, card, options)
+
+        for result in children.on_cards(left, run, options.gpus, options.jobs):
             results = sorted_results([*results, result])
             quality_report.write(options.output, results, facts)
             console.say(quality_report.line(result))

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -20,6 +21,7 @@ from chatfine import cli
 from chatfine.config import TrainConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+children = importlib.import_module("children")
 gpu = importlib.import_module("gpu")
 gpu_cases = importlib.import_module("gpu_cases")
 gpu_report = importlib.import_module("gpu_report")
@@ -108,7 +110,7 @@ def test_speed() -> None:
     ],
 )  # fmt: skip
 def test_the_reason_of_a_failure(said: str, found: str) -> None:
-    assert gpu.reason(said) == found
+    assert children.reason(said) == found
 
 
 def test_watching_a_process(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_watching_a_process(tmp_path: Path) -> None:
         time.sleep(0.3)
         print('{"peak_memory_bytes": 5}', 'bye', sep=chr(10))
     """
-    ended = gpu.watch([sys.executable, "-c", script], tmp_path / "log", tmp_path, 30)
+    ended = children.watch([sys.executable, "-c", script], tmp_path / "log", tmp_path, 30)
     assert (ended.result, ended.error) == ({"peak_memory_bytes": 5}, "")
     assert 0.3 <= ended.first_step_seconds < 30
 
@@ -131,8 +133,8 @@ def test_a_late_process_ends_with_its_children(tmp_path: Path) -> None:
         pathlib.Path("child").write_text(str(child.pid))
         time.sleep(60)
     """
-    ended = gpu.watch([sys.executable, "-c", script], tmp_path / "log", tmp_path, 2)
-    assert ended == gpu.Ended(None, {}, "ended after 2 s")
+    ended = children.watch([sys.executable, "-c", script], tmp_path / "log", tmp_path, 2)
+    assert ended == children.Ended(None, {}, "ended after 2 s")
     child = int((tmp_path / "child").read_text(encoding="utf-8"))
     until = time.monotonic() + 10
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
@@ -204,6 +206,54 @@ def test_real_dialogues(shared: Path, tiny: Path) -> None:
     ids, mask = next(iter(inputs.real_dialogues(shared / "data/mts_dialog", tiny, 100_000)))
     assert len(ids) == len(mask)
     assert 0 < sum(mask) < len(mask)
+
+
+def test_results_are_in_the_order_of_the_list_whichever_ended_first() -> None:
+    again = replace(RESULT, note="started again")
+    bf16 = replace(RESULT, weights="bf16")
+    unknown = replace(RESULT, note="no longer there")
+    results: list[object] = []
+    for one in (unknown, PEER, bf16, again, RESULT):
+        results = gpu_report.merged(results, one)
+    assert results[:3] == [RESULT, again, bf16]
+    assert {one.note for one in results[3:]} == {"", "no longer there"}, "no such peer either"
+    packed = gpu_cases.Run("unsloth", packing=True)
+    (dialogues,) = (case for case in gpu_cases.CASES if case.name == "7b-lora-dialog")
+    found = replace(PEER, case=dialogues.name, system="unsloth", weights="bf16", packing=True)
+    assert dialogues.runs[gpu_report.place(found)[1]] == packed
+
+
+def test_measurements_share_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at a time as there are cards, the longest rows first, and what is started again
+    follows what it starts again on the same card."""
+    order: list[tuple[str, str]] = []
+    both = threading.Barrier(2, timeout=60)
+
+    def watch(command: list[str], log: Path, work: Path, timeout: float, home: Path) -> object:
+        order.append((command[1][-1], command[command.index("--max-length") + 1]))
+        if len(order) <= 2:
+            both.wait()  # the first has another beside it
+        return children.Ended(None, {}, "as if late")
+
+    def prepare(case: object, options: object) -> tuple[Path, Path]:
+        return tmp_path, tmp_path / "rows.jsonl"
+
+    monkeypatch.setattr(children, "watch", watch)
+    monkeypatch.setattr(gpu, "write_model", lambda shape, card, options: tmp_path)
+    monkeypatch.setattr(gpu, "prepare", prepare)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    words = ["-o", tmp_path / "out", "--only", "7b-lora-(rows|64k)", "--systems", "chatfine",
+             "--gpus", "0,3", "--tokenizer", tokenizer, "--work", tmp_path / "work"]  # fmt: skip
+    results = gpu.main([str(word) for word in words])
+    assert {card for card, _ in order[:2]} == {"0", "3"}
+    assert {length for _, length in order[:2]} == {"65536", "2048"}
+    assert [(one.weights, one.note) for one in results[:3]] == [
+        ("fp8", ""), ("fp8", "started again"), ("bf16", "")
+    ]  # fmt: skip
+    (fp8, *_) = (job for job in gpu.jobs_of(gpu.arguments([str(word) for word in words]))
+                 if job[0][1].weights == "fp8")  # fmt: skip
+    assert [run.note for _, run in fp8] == ["", "started again"]
 
 
 def test_a_tiny_run_of_ours(tmp_path: Path) -> None:

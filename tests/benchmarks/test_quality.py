@@ -21,7 +21,7 @@ from chatfine import cli
 from chatfine.config import EvalConfig, TrainConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-gpu = importlib.import_module("gpu")
+children = importlib.import_module("children")
 quality = importlib.import_module("quality")
 report = importlib.import_module("quality_report")
 
@@ -89,19 +89,19 @@ def fake(
         if "eval" in command:
             assert not log.exists()
             assert (work.parent / "run/decisions.json").is_file(), "the run is still there"
-            failed = gpu.Ended(None, {}, "ended after 600 s")
-            return failed if whole is None else gpu.Ended(None, {"loss": whole}, "")
+            failed = children.Ended(None, {}, "ended after 600 s")
+            return failed if whole is None else children.Ended(None, {"loss": whole}, "")
         if storage not in losses:
-            return gpu.Ended(None, {}, "ValueError: no | such thing")
+            return children.Ended(None, {}, "ValueError: no | such thing")
         log.parent.mkdir()
         lines = [{"step": 4, "tokens": 512}, {"step": 4, "val_loss": losses[storage]}]
         log.write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
         decided = {"decided": {"quantize": storage, "dtype": "bfloat16", "compile": False,
                                "fp8_products": storage == "nf4"}}  # fmt: skip
         (log.parent / "decisions.json").write_text(json.dumps(decided), encoding="utf-8")
-        return gpu.Ended(1.0, {"seconds": 2.0, "best_step": best}, "")
+        return children.Ended(1.0, {"seconds": 2.0, "best_step": best}, "")
 
-    monkeypatch.setattr(gpu, "watch", watch)
+    monkeypatch.setattr(children, "watch", watch)
     return commands
 
 
@@ -299,13 +299,13 @@ def test_runs_are_dealt_out_to_the_cards(
     tiny: Path, dialogues: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commands = fake(monkeypatch, {"none": 2.0})
-    at_once, both = gpu.watch, threading.Barrier(2, timeout=60)
+    at_once, both = children.watch, threading.Barrier(2, timeout=60)
 
     def watch(*given: Any) -> Any:
         both.wait()  # each run has another beside it
         return at_once(*given)
 
-    monkeypatch.setattr(gpu, "watch", watch)
+    monkeypatch.setattr(children, "watch", watch)
     more = ("--storages", "none", "--seeds", "0,1,2,3", "--gpus", "0,3")
     quality.main(words(tiny, dialogues, tmp_path / "out", *more))
     places = Counter(tuple(command[:2]) for command in commands)

@@ -230,6 +230,10 @@ class TrainConfig(ModelOptions, DataOptions):
     rope_scaling: Literal["auto", "none", "linear", "dynamic", "yarn", "llama3"] = "auto"
     """how the model reads a --max-length beyond its own: yarn is the usual choice; auto = not at
     all, or as the --adapter does"""
+    calibrate: Literal["auto", "on", "off"] = "auto"
+    """round frozen fp8 or nf4 weights so that they answer the training's texts nearly as before
+    (GPTQ), and keep them in the run folder; auto = on an NVIDIA GPU, where the run is long enough
+    to repay it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compile the model's layers, for packed rows; auto = on an NVIDIA GPU, where the run is long
     enough to repay it"""

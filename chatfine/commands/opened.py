@@ -16,6 +16,7 @@ from chatfine.hub.folder import (
     resolve_source,
 )
 from chatfine.hub.headers import read_json
+from chatfine.hub.rounded import CALIBRATED, FILE, beside
 from chatfine.i18n import t
 from chatfine.model.positions import Positions, of_adapter, with_positions_of
 from chatfine.runtime import require_storage
@@ -52,14 +53,25 @@ class Opened:
         return str(self.facts.get("quantize") or "none") if self.source.adapter else "none"
 
     def storage(self, quantize: str) -> str:
-        """How to store the weights under the setting `quantize`.
+        """How to store the weights under the setting `quantize`; auto is as in training, if the
+        weights can be had so.
 
         Raises:
             ResourceError: a package that it needs is not installed.
         """
         chosen = self.trained_on if quantize == "auto" else quantize
+        if quantize == "auto" and self.facts.get(CALIBRATED) and not self.rounded(chosen):
+            chosen = "none"
+            console.warn(
+                t("{file} is not beside the adapter; it is put on the exact weights", file=FILE)
+            )
         require_storage(chosen)
         return chosen
+
+    def rounded(self, storage: str) -> Path | None:
+        """The file with the weights that the adapter was trained on, if they were stored so."""
+        fitting = self.facts.get(CALIBRATED) and storage == self.trained_on
+        return beside(self.source.adapter) if fitting else None
 
     def load(self, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
         """The model with its adapter on it, ready to answer.
@@ -72,7 +84,8 @@ class Opened:
         from chatfine.model.adapters import load_adapter
         from chatfine.model.load import load_model
 
-        model = load_model(self.source.model, dtype, device, quantize, self.positions)
+        rounded = self.rounded(quantize)
+        model = load_model(self.source.model, dtype, device, quantize, self.positions, rounded)
         return load_adapter(model, self.source.adapter) if self.source.adapter else model
 
 

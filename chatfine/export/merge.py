@@ -158,7 +158,7 @@ def _state(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _prints(job: Merging, model: Any) -> dict[str, bytes]:
     """A hash of every weight as it must stand in the files, that is after rounding."""
-    rounded = job.rounded.names if job.rounded is not None else frozenset()
+    rounded = job.rounded.names.keys() if job.rounded is not None else set()
     formats = {name: job.out_dtype(name) for name in job.changes.keys() | rounded}
     if job.base.tied and not job.untied and job.embedding in formats:
         formats.setdefault(HEAD, formats[job.embedding])  # one weight, which has two names here

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from chatfine import console
 from chatfine.errors import ProofError
 from chatfine.export.adapter import find_parameter
 from chatfine.export.merge_weights import Merging, Rounded, changed
+from chatfine.hub.rounded import CALIBRATED, FILE, beside
 from chatfine.i18n import t
 from chatfine.model import learned_rows, lora
 from chatfine.model.adapters import load_adapter
@@ -51,8 +53,14 @@ def choose(job: Merging, prompts: Sequence[Sequence[int]]) -> Choice | None:
     storage = str(job.adapter.facts.get("quantize") or NONE)
     if storage == NONE:
         return None
+    file = beside(job.adapter.path)
+    if job.adapter.facts.get(CALIBRATED) and file is None:
+        console.warn(
+            t("{file} is not beside the adapter; it is added to the exact weights", file=FILE)
+        )
+        return None
     trained = tuned_logits(job, prompts, storage)
-    rounded = Rounded(storage, frozenset(packed_names(job.base.path)))
+    rounded = Rounded(storage, packed_names(job.base.path), file)
     gaps = []
     for job.rounded in (None, rounded):
         gaps.append(largest_gap(trained, logits_of(merged_model(job), prompts)))
@@ -63,7 +71,10 @@ def choose(job: Merging, prompts: Sequence[Sequence[int]]) -> Choice | None:
 
 def tuned_logits(job: Merging, prompts: Sequence[Sequence[int]], storage: str) -> Logits:
     """Logits of base + adapter as PEFT computes them, the base stored as `storage` says."""
-    base = load_model(job.base.path, torch.float32, quantize=storage, positions=job.positions)
+    rounded = beside(job.adapter.path) if storage != NONE else None
+    base = load_model(
+        job.base.path, torch.float32, quantize=storage, positions=job.positions, rounded=rounded
+    )
     tuned = load_adapter(base, job.adapter.path)
     lora.uninstall(tuned)  # PEFT's own forward is the judge, not our faster one
     learned_rows.uninstall(tuned)
@@ -94,7 +105,7 @@ def merged_model(job: Merging) -> Any:
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    rounded = job.rounded.names if job.rounded is not None else frozenset()
+    rounded = job.rounded.names.keys() if job.rounded is not None else set()
     for name in sorted(job.changes.keys() | rounded):
         found = find_parameter(name, parameters)
         if found is None:

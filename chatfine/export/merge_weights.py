@@ -22,6 +22,7 @@ from chatfine.hub.folder import ModelFolder
 from chatfine.hub.headers import INDEX
 from chatfine.i18n import t
 from chatfine.model.positions import Positions, with_positions
+from chatfine.model.rounded import read_rounded
 from chatfine.model.storages import STORAGES
 from chatfine.tokenizer.encode import ChatTokenizer
 from chatfine.tokenizer.files import agree_on_end, copy_tokenizer
@@ -189,15 +190,19 @@ class Merging:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """A quantised base: which weights were packed (names in its files), and how."""
+    """A quantised base: which weights were packed (name in its files → in the model), how, and the
+    file that holds them if they were rounded to texts."""
 
     storage: str
-    names: frozenset[str]
+    names: Mapping[str, str]
+    file: Path | None = None
 
     def of(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """What the quantised base computed with in place of `tensor`, in float32."""
         if name not in self.names:
             return tensor
+        if self.file is not None:
+            return read_rounded(self.file, self.names[name], tensor.shape[1])
         storage = STORAGES[self.storage]
         return storage.unpack(storage.pack(tensor), tensor.shape[1], torch.float32)
 

@@ -57,7 +57,11 @@ class FrozenLinear(nn.Linear):
 
     def fill(self, weight: torch.Tensor) -> None:
         """Take over `weight` (out, in), rounded, on its own device."""
-        codes, scales = self.storage.pack(weight)
+        self.take(self.storage.pack(weight))
+
+    def take(self, packed: Packed) -> None:
+        """Take over codes and scales."""
+        codes, scales = packed
         self.weight, self.scales = _frozen(codes), _frozen(scales)
 
     def keep_turned(self) -> None:

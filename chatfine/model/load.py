@@ -18,9 +18,11 @@ import torch
 from chatfine.errors import ModelError
 from chatfine.hub.headers import read_tensors
 from chatfine.i18n import t
-from chatfine.model import attention, stream
+from chatfine.model import attention, calibrate, stream
 from chatfine.model.frozen import FrozenLinear, linears_to_freeze
 from chatfine.model.positions import Positions, library_config
+from chatfine.model.rounded import fill_rounded
+from chatfine.types import Batch
 
 
 def quiet_libraries() -> None:
@@ -44,6 +46,8 @@ def load_model(
     device: torch.device | str = "cpu",
     quantize: str = "none",
     positions: Positions | None = None,
+    rounded: Path | None = None,
+    texts: Batch | None = None,
 ) -> Any:
     """Load the causal language model in `path`.
 
@@ -51,9 +55,11 @@ def load_model(
         path: a checked model folder (config.json + safetensors).
         dtype: number format of all weights, or with `quantize` of those that are not packed.
         device: where the weights go.
-        quantize: none, int8 or nf4: pack the linears (`model.frozen`) as they are read, so that
+        quantize: none or a storage: pack the linears (`model.frozen`) as they are read, so that
             the peak is the packed model and one tensor.
         positions: how it reads more tokens than it was made for; None = as config.json says.
+        rounded: a file of `model.rounded` with the packed linears, which are not rounded again.
+        texts: packed texts on `device` for whose sake the linears are rounded (`model.calibrate`).
 
     Returns:
         A `PreTrainedModel` in evaluation mode whose attention understands packed documents
@@ -61,14 +67,14 @@ def load_model(
 
     Raises:
         ModelError: transformers does not know the architecture, the weights do not fit it, or there
-            are no linears to pack.
+            are no linears to pack, or `rounded` does not fit.
         ResourceError: bitsandbytes is needed and missing.
     """
     quiet_libraries()
     if quantize == "none":
         model = _whole(path, dtype, positions).to(device)
     else:
-        model = _quantized(path, dtype, torch.device(device), quantize, positions)
+        model = _quantized(path, dtype, torch.device(device), quantize, positions, rounded, texts)
     attention.install(model)
     return model.eval()
 
@@ -94,13 +100,24 @@ def _whole(path: Path, dtype: torch.dtype, positions: Positions | None) -> Any:
 
 
 def _quantized(
-    path: Path, dtype: torch.dtype, device: torch.device, storage: str, positions: Positions | None
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    storage: str,
+    positions: Positions | None,
+    rounded: Path | None,
+    texts: Batch | None,
 ) -> Any:
     model = stream.empty_model(path, dtype, device, positions)
     packed = pack_linears(model, storage, path)
+    later: dict[FrozenLinear, stream.StoredWeight] = {}
 
     def place(name: str, stored: stream.StoredWeight) -> None:
         module = packed.get(name)
+        if module is not None and (rounded or texts):
+            stream.require_shape(name, stored.shape, (module.out_features, module.in_features))
+            later[module] = stored
+            return
         if module is not None:  # rounded from the file's own format, whatever the rest is in
             stream.require_shape(name, stored.shape, (module.out_features, module.in_features))
             module.fill(stored.read().to(device))
@@ -110,7 +127,12 @@ def _quantized(
         # a copy, or the file would stay mapped
         stream.put(model, name, tensor.to(device, wanted, copy=True))
 
-    stream.stream_weights(model, path, place)
+    stream.stream_weights(model, path, place, packed if rounded or texts else ())
+    if rounded:
+        fill_rounded(packed, rounded, device)
+    elif texts is not None:
+        attention.install(model)
+        calibrate.fill_calibrated(model.eval(), later, texts)
     return model
 
 
@@ -140,8 +162,9 @@ def pack_linears(model: Any, storage: str, path: Path) -> dict[str, FrozenLinear
     return packed
 
 
-def packed_names(path: Path) -> set[str]:
-    """The names, in the folder's files, of the weights that `quantize` packs."""
+def packed_names(path: Path) -> dict[str, str]:
+    """The weights that `quantize` packs: name in the folder's files → name in the model."""
     model = stream.empty_model(path, torch.float32)
     names = stream.stored_names(model, read_tensors(path))
-    return {names[f"{name}.weight"] for name in linears_to_freeze(model)}
+    weights = [f"{name}.weight" for name in linears_to_freeze(model)]
+    return {names[name]: name for name in weights}

@@ -6,7 +6,7 @@ give each process its rows only. `transformers` itself reads whole models (`mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def empty_model(
     return model
 
 
-def stream_weights(model: Any, path: Path, place: Place) -> None:
+def stream_weights(model: Any, path: Path, place: Place, later: Collection[str] = ()) -> None:
     """Hand every parameter and stored buffer of `model` to `place`, in the order of the files, and
     tie what the model ties.
 
@@ -112,6 +112,7 @@ def stream_weights(model: Any, path: Path, place: Place) -> None:
             the names of the stored weights stay.
         path: the same folder.
         place: puts a weight into the model, as `put` does.
+        later: names that `place` only takes note of.
 
     Raises:
         ModelError: weights-missing, or one of another shape.
@@ -125,6 +126,7 @@ def stream_weights(model: Any, path: Path, place: Place) -> None:
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     missing = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
     missing = {name for name in missing if not name.endswith(".scales")}  # of a packed weight
+    missing -= set(later) & set(names)
     if missing:
         others = set(stored) - set(names.values())
         raise _stored_otherwise(path, missing, others) if others else weights_missing(path, missing)

@@ -15,6 +15,7 @@ from chatfine.i18n import t
 from chatfine.runtime import fp8_works, has_bitsandbytes, has_compiler, pick_dtype
 from chatfine.train import machine
 from chatfine.train import plan as planning
+from chatfine.train.calibration import calibrates
 from chatfine.train.methods import ADAPTERS, UNPACKED, check_sharing
 from chatfine.train.prepare import Prepared, learning_layers, write_json
 from chatfine.train.remedies import out_of_memory, remedies
@@ -41,7 +42,8 @@ EVALUATED = 2048
 WITHOUT_FP8 = {"fp8": "none"}
 """What is stored instead where the device can't multiply 8-bit floats."""
 
-ASKED = ("dtype", "batch_size", "accumulate", "packing", "checkpointing", "quantize", "compile")
+ASKED = ("dtype", "batch_size", "accumulate", "packing", "checkpointing", "quantize", "calibrate",
+         "compile")  # fmt: skip
 """The settings that the decisions follow from: where they changed before the first checkpoint, all
 is decided anew."""
 
@@ -63,6 +65,7 @@ class Decisions:
     second_copy: bool = False
     compile: bool = False
     fp8_products: bool = False
+    calibrate: bool = False
 
     @property
     def rows_a_step(self) -> int:
@@ -113,6 +116,8 @@ def _decide(prepared: Prepared, shapes: Shapes, device: torch.device, processes:
     )  # fmt: skip
     wanted = dataclasses.replace(wanted, compile=_compiles(prepared, shapes, wanted))
     decisions = _fit(prepared, shapes, device, wanted)
+    tokens = work_of(prepared, decisions).tokens
+    decisions = dataclasses.replace(decisions, calibrate=calibrates(prepared, decisions, tokens))
     if config.compile == "on" and not decisions.compile:
         console.warn(
             t("--compile on is ignored: it needs packed rows, a model that is not shared out, "
@@ -324,7 +329,7 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
         micro_labels=round(micro * labels / max(1, tokens)) or 1, longest=lengths[0],
         tokens=round(tokens * epochs), labels=round(labels * epochs), keep=config.keep,
         quantize=decisions.quantize, second_copy=decisions.second_copy,
-        fp8_products=decisions.fp8_products, compile=decisions.compile,
+        fp8_products=decisions.fp8_products, calibrate=decisions.calibrate, compile=decisions.compile,
         accumulate=decisions.accumulate,
         evaluated=max(prepared.max_length, EVALUATED) if data.validation is not None else 0,
         virtual_tokens=config.learned_tokens,

@@ -91,6 +91,7 @@ class Work:
     quantize: str = "none"  # how the frozen linears are stored
     second_copy: bool = False  # with fp8: a transposed copy of them, for the backward pass
     fp8_products: bool = False  # with nf4: unpacked to 8-bit floats
+    calibrate: bool = False  # the packed linears are kept in the run folder
     compile: bool = False
     virtual_tokens: int = 0  # what prefix and llama-adapter learn
     row_parameters: int = 0  # numbers in rows of embedding and head that learn
@@ -215,6 +216,7 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
         weights += learning * work.learning_bytes
     else:
         state += learning * work.learning_bytes
+    kept = packed_bytes(shapes, work.quantize) if work.calibrate else 0
     part = own if masters else 1  # adapters are whole in every process
     peak = activations.at_peak(
         shapes, work, learning, layers_reached(shapes, work), piece_tokens(work), part
@@ -226,7 +228,7 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
         activation_bytes=peak.between,
         logits_bytes=peak.logits,
         overhead_bytes=OVERHEAD_BYTES[work.device],
-        disk_bytes=disk_bytes(learning, work.keep),
+        disk_bytes=disk_bytes(learning, work.keep) + kept,
         flop=_flop(shapes, work),
         trained_parameters=learning,
         host_bytes=away * activations.an_input(shapes, work),

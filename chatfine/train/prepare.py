@@ -18,6 +18,7 @@ from chatfine.data.examples import DataSettings, Splits, load_examples
 from chatfine.errors import OutputError, UsageError
 from chatfine.hub.catalog import find_model
 from chatfine.hub.folder import ModelFolder, check_vocabulary, read_model_folder, resolve_source
+from chatfine.hub.rounded import CALIBRATED
 from chatfine.i18n import t
 from chatfine.model import positions as scaling
 from chatfine.runtime import home
@@ -28,6 +29,7 @@ from chatfine.train.rows import learning_rows
 
 if TYPE_CHECKING:
     from chatfine.config import TrainConfig
+    from chatfine.train.decisions import Decisions
 
 CONFIG_FILE = "config.yaml"
 RESULT_FILE = "result.json"
@@ -95,16 +97,16 @@ class Prepared:
         maths["quantize"] = quantize
         return maths | self._positions_fact
 
-    def facts(self, quantize: str) -> dict[str, Any]:
-        """What an adapter folder should know about itself (contract C5); `quantize` is how the
-        frozen weights were stored."""
+    def facts(self, decisions: Decisions) -> dict[str, Any]:
+        """What an adapter folder should know about itself (contract C5)."""
         config = self.config
         return {
             "chatfine": __version__,
             "base": config.model,
             "base_digest": self.model.digest(),
             "method": config.method,
-            "quantize": quantize,
+            "quantize": decisions.quantize,
+            **({CALIBRATED: True} if decisions.calibrate else {}),
             "template": "model" if config.template == "model" else self.tokenizer.template,
             "tokenizer_digest": self.tokenizer.digest,
             "canaries": {text: self.tokenizer.encode_text(text) for text in CANARIES},

@@ -15,10 +15,10 @@ from chatfine.evaluate.loss import LossResult, evaluate_loss
 from chatfine.hub.folder import resolve_source
 from chatfine.i18n import t
 from chatfine.model import adapters, chunked, documents, fast, frozen, learned_rows, recompute
-from chatfine.model.load import load_model
 from chatfine.runtime import pick_device, set_seed
 from chatfine.train import forecast, machine, steps
 from chatfine.train import plan as planning
+from chatfine.train.calibration import load_base
 from chatfine.train.checkpoint import Checkpoint, CheckpointStore
 from chatfine.train.decisions import EVALUATED, decide, work_of
 from chatfine.train.distributed import Group, is_slice, own, own_rows, reshard, whole
@@ -113,10 +113,7 @@ class Session:
         return self.output_name == "model" and not self.config.pure_bf16
 
     def _load(self) -> Any:
-        path, dtype = self.prepared.model.path, self.decisions.torch_dtype
-        model = load_model(
-            path, dtype, self.device, self.decisions.quantize, self.prepared.positions
-        )
+        model = load_base(self.prepared, self.decisions, self.device)
         documents.check(model)
         if self.decisions.second_copy:
             frozen.keep_turned(model)
@@ -329,7 +326,7 @@ class Session:
 
         All processes ask for it, since the weights are gathered here; the first one calls it.
         """
-        facts, positions = self.prepared.facts(self.decisions.quantize), self.prepared.positions
+        facts, positions = self.prepared.facts(self.decisions), self.prepared.positions
         if self.output_name == "adapter":
             return lambda folder: adapters.save_adapter(self.model, folder, facts)
         stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,165 @@
+"""Weights rounded so that what their layer answers changes least (GPTQ: Frantar et al. 2022).
+
+Each column of a weight is rounded in turn, and what that costs the answers is made up for by the
+columns not yet rounded, as far as the inputs tell how: their second moments Xᵀ X say which
+columns move together. The largest columns come first. Codes and scales are as of `model.storages`:
+reading and multiplying them costs what it costs anyway.
+
+The scales of NF4's blocks are not their largest magnitudes here, but those that leave the smallest
+squared error, each column weighted by the size of its inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from chatfine.model.fp8 import E4M3, E4M3_MAX, round_rows
+from chatfine.model.storages import FP8_ROOM, NF4_BLOCK, NF4_LEVELS, Packed
+
+CALIBRATED = ("fp8", "nf4")
+"""Storages that gain by it; int8 rounds so little that nothing is left to gain."""
+DAMPING = 0.01
+"""Part of the mean second moment that is added to each: without it a few inputs would decide."""
+COLUMNS = 128
+"""Columns rounded before the rest of the weight hears of them."""
+SHRINK = (0.6, 1.0, 17)
+"""Tried scales of a block, in parts of its largest magnitude: from, to, how many."""
+
+
+class Grid(Protocol):
+    """The numbers that a weight (out, in) can be rounded to."""
+
+    def nearest(self, column: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and values (out,) float32 nearest to `column` (out,), which is number `at`."""
+        ...
+
+    def packed(self, codes: torch.Tensor) -> Packed:
+        """Codes (out, in) and the scales, as the storage keeps them."""
+        ...
+
+
+class Fp8Grid:
+    """e4m3 numbers with a scale for each row, as of `storages.Fp8`."""
+
+    def __init__(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
+        self.scales = round_rows(weight, FP8_ROOM)[1]  # (out, 1)
+
+    def nearest(self, column: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Grid.nearest`."""
+        scales = self.scales[:, 0]
+        rounded = (column / scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+        return rounded.view(torch.uint8), rounded.float() * scales
+
+    def packed(self, codes: torch.Tensor) -> Packed:
+        """See `Grid.packed`."""
+        return codes, self.scales.view(torch.uint8)
+
+
+class NF4Grid:
+    """Sixteen levels and a scale for each block of 64 columns, as of `storages.NF4`.
+
+    Args:
+        weight: (out, in) float32.
+        importance: (in,), how much a column's error counts.
+    """
+
+    def __init__(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
+        self.levels = torch.tensor(NF4_LEVELS, device=weight.device)
+        self.between = (self.levels[1:] + self.levels[:-1]) / 2
+        fill = -weight.shape[1] % NF4_BLOCK
+        blocks = F.pad(weight, (0, fill)).view(len(weight), -1, NF4_BLOCK)
+        counts = F.pad(importance, (0, fill)).view(1, -1, NF4_BLOCK)
+        self.scales = self._best_scales(blocks, counts)  # (out, blocks)
+
+    def _best_scales(self, blocks: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        largest = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        best, least = largest, torch.full_like(largest, torch.inf)
+        for part in torch.linspace(*SHRINK).tolist():
+            level = self.levels[torch.bucketize(blocks / (largest * part), self.between)]
+            # of these codes the scale with the smallest weighted error
+            scale = (counts * blocks * level).sum(-1, keepdim=True)
+            scale = scale / (counts * level.square()).sum(-1, keepdim=True).clamp(min=1e-30)
+            error = (counts * (blocks - scale * level).square()).sum(-1, keepdim=True)
+            better = (error < least) & (scale > 0)
+            best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        return best.squeeze(-1)
+
+    def nearest(self, column: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Grid.nearest`."""
+        scales = self.scales[:, at // NF4_BLOCK]
+        codes = torch.bucketize(column / scales, self.between)
+        return codes.to(torch.uint8), self.levels[codes] * scales
+
+    def packed(self, codes: torch.Tensor) -> Packed:
+        """See `Grid.packed`; the first of two codes is in the high bits."""
+        zero = NF4_LEVELS.index(0.0)
+        pairs = F.pad(codes, (0, -codes.shape[1] % NF4_BLOCK), value=zero).view(len(codes), -1, 2)
+        scales = self.scales.contiguous().view(torch.uint8)
+        return (pairs[..., 0] << 4) | pairs[..., 1], scales
+
+
+GRIDS = {"fp8": Fp8Grid, "nf4": NF4Grid}
+
+
+@torch.no_grad()
+def round_together(
+    weights: Sequence[torch.Tensor], moments: torch.Tensor, storage: str
+) -> list[Packed]:
+    """The packed forms of weights (outᵢ, in) that read the same inputs.
+
+    Args:
+        weights: in any float format.
+        moments: Xᵀ X (in, in) float32 of their inputs X.
+        storage: a name in `CALIBRATED`.
+    """
+    whole = torch.cat([weight.to(moments.device, torch.float32) for weight in weights])
+    grid: Grid = GRIDS[storage](whole, moments.diagonal())
+    codes = _round_columns(whole, moments, grid)
+    ends = list(itertools.accumulate(len(weight) for weight in weights))
+    packed = grid.packed(codes)
+    return [
+        tuple(part[end - len(weight) : end].clone() for part in packed)
+        for weight, end in zip(weights, ends, strict=True)
+    ]
+
+
+def _round_columns(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The codes (out, in); `weight` is used up."""
+    order = moments.diagonal().argsort(descending=True)
+    factor = _factor(moments[order][:, order])
+    weight = weight[:, order]
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    places = order.tolist()
+    for start in range(0, len(places), COLUMNS):
+        end = min(start + COLUMNS, len(places))
+        block, inside = weight[:, start:end], factor[start:end, start:end]
+        errors = torch.empty_like(block)
+        for j, place in enumerate(places[start:end]):
+            column = block[:, j]
+            codes[:, place], value = grid.nearest(column, place)
+            errors[:, j] = (column - value) / inside[j, j]
+            block[:, j + 1 :].addr_(errors[:, j], inside[j, j + 1 :], alpha=-1)
+        weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+    return codes
+
+
+def _factor(moments: torch.Tensor) -> torch.Tensor:
+    """The upper triangle U with Uᵀ U = moments⁻¹, for which they are damped until there is one."""
+    diagonal = moments.diagonal()
+    # an input that never was has no say, and its column is rounded as it is
+    diagonal[diagonal == 0] = diagonal.mean().clamp(min=1e-30)
+    step = DAMPING * diagonal.mean()
+    for _ in range(8):
+        diagonal += step
+        lower, failed = torch.linalg.cholesky_ex(moments)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        step = step * 4
+    return torch.eye(len(moments), device=moments.device)  # nothing is known of the inputs

@@ -1,0 +1,79 @@
+"""Texts to which a run's frozen weights are rounded, and the base that comes of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from chatfine import console
+from chatfine.data.batches import collate, permutation
+from chatfine.hub.rounded import FILE
+from chatfine.i18n import t
+from chatfine.model.load import load_model
+from chatfine.model.rounded import write_rounded
+from chatfine.model.rounding import CALIBRATED
+
+if TYPE_CHECKING:
+    from chatfine.train.decisions import Decisions
+    from chatfine.train.prepare import Prepared
+    from chatfine.types import Batch
+
+TOKENS = 32_768
+"""Tokens of the texts, at most: a linear has up to some ten thousand inputs to be told apart."""
+WORTH = 20
+"""Calibrating pays in a run that reads so many times these tokens."""
+
+
+def calibrates(prepared: Prepared, decisions: Decisions, tokens: float) -> bool:
+    """Whether the frozen weights are rounded to the training's texts.
+
+    Args:
+        prepared: the run.
+        decisions: all else is decided.
+        tokens: the run reads in all.
+    """
+    wanted = prepared.config.calibrate
+    possible = decisions.quantize in CALIBRATED and decisions.processes == 1
+    if wanted == "on" and not possible:
+        console.warn(
+            t("--calibrate on is ignored: it needs one process and --quantize fp8 or nf4")
+        )  # fmt: skip
+    if wanted != "auto":
+        return possible and wanted == "on"
+    return possible and decisions.device == "cuda" and tokens >= WORTH * TOKENS
+
+
+def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) -> Any:
+    """The run's model with its frozen weights as decided; rounded to texts they are kept in the run
+    folder, so that every start goes on with the same ones."""
+    file = prepared.run / FILE
+    path, dtype = prepared.model.path, decisions.torch_dtype
+    if not decisions.calibrate:
+        return load_model(path, dtype, device, decisions.quantize, prepared.positions)
+    if file.is_file():
+        return load_model(path, dtype, device, decisions.quantize, prepared.positions, rounded=file)
+    texts = calibration_texts(prepared, TOKENS).to(device)
+    console.say(t("rounding the frozen weights to {n:,} tokens of the training data",
+                  n=len(texts.ids)))  # fmt: skip
+    model = load_model(path, dtype, device, decisions.quantize, prepared.positions, texts=texts)
+    write_rounded(model, file)
+    return model
+
+
+def calibration_texts(prepared: Prepared, tokens: int) -> Batch:
+    """Examples from all over the training data, end to end: at most so many tokens, or one example.
+
+    The same ones whatever the seed, so that runs with other seeds share a base.
+    """
+    parts = prepared.data.train
+    places = [(part, at) for part in parts for at in range(len(part))]
+    chosen, room = [], tokens
+    for number in permutation(len(places), 0).tolist():
+        part, at = places[number]
+        example = part[at]
+        room -= len(example.ids)
+        if chosen and room < 0:
+            break
+        chosen.append(example)
+    return collate(chosen)

@@ -41,7 +41,8 @@ EVALUATED = 2048
 WITHOUT_FP8 = {"fp8": "none"}
 """What is stored instead where the device can't multiply 8-bit floats."""
 
-ASKED = ("dtype", "batch_size", "accumulate", "packing", "checkpointing", "quantize", "compile")
+ASKED = ("dtype", "batch_size", "accumulate", "packing", "checkpointing", "quantize", "compile",
+         "fp8_products")  # fmt: skip
 """The settings that the decisions follow from: where they changed before the first checkpoint, all
 is decided anew."""
 
@@ -62,7 +63,8 @@ class Decisions:
     quantize: str = "none"
     second_copy: bool = False
     compile: bool = False
-    fp8_products: bool = False
+    fp8_products: bool = False  # of frozen weights that are stored otherwise
+    learned_fp8: bool = False  # of weights that learn
 
     @property
     def rows_a_step(self) -> int:
@@ -111,7 +113,10 @@ def _decide(prepared: Prepared, shapes: Shapes, device: torch.device, processes:
         device.type, dtype, rows, config.accumulate, packing, recompute_layers=0,
         processes=processes, sharding=_sharding(config.sharding, processes),
     )  # fmt: skip
-    wanted = dataclasses.replace(wanted, compile=_compiles(prepared, shapes, wanted))
+    wanted = dataclasses.replace(
+        wanted, compile=_compiles(prepared, shapes, wanted),
+        learned_fp8=config.fp8_products == "on" and _has_fp8(device, dtype),
+    )  # fmt: skip
     decisions = _fit(prepared, shapes, device, wanted)
     if config.compile == "on" and not decisions.compile:
         console.warn(
@@ -192,12 +197,13 @@ def _compiles(prepared: Prepared, shapes: Shapes, decisions: Decisions) -> bool:
     work = work_of(prepared, decisions)
     passes = shapes.layers * work.tokens / max(1, work.micro_tokens) / decisions.processes
     # rounded to 8-bit floats by plain operations, products would take longer than in bf16
-    fp8 = prepared.config.quantize == "fp8" and _has_fp8(torch.device("cuda"), decisions.dtype)
+    asked = prepared.config.quantize == "fp8" or prepared.config.fp8_products == "on"
+    fp8 = asked and _has_fp8(torch.device("cuda"), decisions.dtype)
     return possible and (fp8 or passes >= WORTH_COMPILING)
 
 
 def _has_fp8(device: torch.device, dtype: str) -> bool:
-    """Whether frozen weights can be multiplied as 8-bit floats."""
+    """Whether weights can be multiplied as 8-bit floats."""
     return fp8_works(device) and dtype == "bfloat16"
 
 
@@ -242,8 +248,9 @@ def _fit(prepared: Prepared, shapes: Shapes, device: torch.device, wanted: Decis
             # in one pass only where that is compiled
             fp8 = compiles and storage == "nf4" and _has_fp8(device, wanted.dtype)
             start = dataclasses.replace(
-                wanted, sharding=sharding, quantize=storage, compile=compiles, fp8_products=fp8
-            )
+                wanted, sharding=sharding, quantize=storage, compile=compiles, fp8_products=fp8,
+                learned_fp8=wanted.learned_fp8 and sharding == "none",
+            )  # fmt: skip
             options = _options(prepared, shapes, start)
             fitting = []
             for option, work in options:
@@ -324,8 +331,8 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
         micro_labels=round(micro * labels / max(1, tokens)) or 1, longest=lengths[0],
         tokens=round(tokens * epochs), labels=round(labels * epochs), keep=config.keep,
         quantize=decisions.quantize, second_copy=decisions.second_copy,
-        fp8_products=decisions.fp8_products, compile=decisions.compile,
-        accumulate=decisions.accumulate,
+        fp8_products=decisions.fp8_products, learned_fp8=decisions.learned_fp8,
+        compile=decisions.compile, accumulate=decisions.accumulate,
         evaluated=max(prepared.max_length, EVALUATED) if data.validation is not None else 0,
         virtual_tokens=config.learned_tokens,
         row_parameters=prepared.row_parameters,

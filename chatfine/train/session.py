@@ -178,9 +178,8 @@ class Session:
             console.warn(t("checkpoint {name} is skipped: {fault}", name=name, fault=fault))
         length = 0
         if newest is not None:
-            require_same(
-                newest.state["fingerprint"], self.prepared.fingerprint(self.decisions.quantize)
-            )
+            now = self.prepared.fingerprint(self.decisions.quantize, self.decisions.learned_fp8)
+            require_same(newest.state["fingerprint"], now)
             self._load_weights(newest)
             moments = newest.tensors("optimizer", self._rows_here)
             load_optimizer_tensors(self.optimizer, self.parameters, moments)
@@ -299,7 +298,9 @@ class Session:
             "progress": progress.as_dict(),
             "log_bytes": self.log.sync(),
             "scaler": self.precision.scaler.state_dict(),
-            "fingerprint": self.prepared.fingerprint(self.decisions.quantize),
+            "fingerprint": self.prepared.fingerprint(
+                self.decisions.quantize, self.decisions.learned_fp8
+            ),
         }
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
             "weights": dict(self.parameters),

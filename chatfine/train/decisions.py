@@ -105,7 +105,10 @@ def _decide(prepared: Prepared, shapes: Shapes, device: torch.device, processes:
     if kept.is_file():
         earlier = json.loads(kept.read_text(encoding="utf-8"))
         if asked | earlier["asked"] == asked:
-            return _regroup(_read(earlier["decided"], config.quantize, shapes), processes, prepared)
+            decided = _read(earlier["decided"], config.quantize, shapes)
+            if not _has_fp8(device, decided.dtype):  # a checkpoint's fingerprint will tell
+                decided = dataclasses.replace(decided, learned_fp8=False)
+            return _regroup(decided, processes, prepared)
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     packing = _packing(prepared, device)
     rows = config.batch_size or (1 if packing else -(-EXAMPLES_A_STEP // processes))
@@ -170,6 +173,7 @@ def _regroup(earlier: Decisions, processes: int, prepared: Prepared) -> Decision
     return dataclasses.replace(
         earlier, rows=rows, accumulate=each // rows, processes=processes, sharding=sharding,
         second_copy=earlier.second_copy and sharding == "none",
+        learned_fp8=earlier.learned_fp8 and sharding == "none",
     )  # fmt: skip
 
 

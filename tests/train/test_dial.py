@@ -383,6 +383,14 @@ def test_weights_that_learn_are_multiplied_as_8_bit_floats_where_that_can_be_don
         again = decide(prepared, SEVEN_B, torch.device("cpu"), 2 if shared else 1)
         assert again == found, "a run goes on as it began"
         assert found.compile == (choice == "on" and wanted and "compile" not in changes)
+        with monkeypatch.context() as patch:  # on another card, or shared out: another computation
+            patch.setattr(deciding, "fp8_works", lambda device: False)
+            again = decide(prepared, SEVEN_B, DEVICE, 2 if shared else 1)
+            assert again == dataclasses.replace(found, learned_fp8=False)
+        shares = dataclasses.replace(
+            prepared, config=prepared.config.model_copy(update={"sharding": "full"})
+        )
+        assert not deciding._regroup(dataclasses.replace(found, rows=2), 2, shares).learned_fp8
 
 
 @pytest.mark.parametrize("method", ["full", "freeze"])

@@ -122,6 +122,17 @@ def test_a_run_does_not_change_its_products_on_the_way(
 
 
 @pytest.mark.usefixtures("card")
+def test_nor_does_it_go_on_where_there_are_none(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(configure(fp8_products="on", **FULL | {"max_steps": 2}))
+    (tmp_path / "run/result.json").unlink()
+    monkeypatch.setattr(deciding, "fp8_works", lambda device: False)
+    with pytest.raises(UsageError, match="fp8_products: on → off"):
+        resume(ResumeConfig(run=str(tmp_path / "run")))
+
+
+@pytest.mark.usefixtures("card")
 def test_a_run_that_began_before_there_was_this_setting_goes_on(configure: Configure) -> None:
     config = configure(**FULL | {"max_steps": 2})
     train(config)

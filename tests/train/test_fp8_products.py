@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -16,7 +17,10 @@ from chatfine.config import ResumeConfig, TrainConfig
 from chatfine.errors import UsageError
 from chatfine.model import learned_fp8
 from chatfine.train import decisions as deciding
+from chatfine.train import forecast
+from chatfine.train.decisions import Decisions
 from chatfine.train.loop import Trainer
+from chatfine.train.prepare import prepare, shapes_of
 from chatfine.train.run import resume, train
 
 Configure = Callable[..., TrainConfig]
@@ -58,8 +62,22 @@ def test_a_device_without_them_says_what_it_does_instead(
     assert metrics(tmp_path / "on") == metrics(tmp_path / "off")
 
 
+def test_a_model_that_is_shared_out_says_why_not(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = prepare(configure(method="full", fp8_products="on"))
+    prepared.run.mkdir()
+    shapes = shapes_of(prepared.model)
+    for ours, said in ((False, True), (True, False)):
+        decided = Decisions("cpu", "bfloat16", 1, 1, True, 0, processes=2, sharding="full",
+                            learned_fp8=ours)  # fmt: skip
+        forecast.show(prepared, decided, shapes, torch.device("cpu"), 4)
+        found = " ".join("".join(capsys.readouterr()).split())
+        assert ("--fp8-products on is ignored: each process holds only its share" in found) == said
+
+
 @pytest.mark.usefixtures("card")
-def test_weights_learn_are_saved_whole_and_the_plan_says_so(
+def test_weights_that_learn_are_saved_whole_and_the_plan_says_so(
     configure: Configure, metrics: Metrics, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = {}

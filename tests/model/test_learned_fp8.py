@@ -17,6 +17,7 @@ from chatfine.model.compiled import CompiledLoss, FixedInputs
 from chatfine.model.fast import LossModel, causal_model
 from chatfine.model.fp8 import E4M3, E4M3_MAX
 from chatfine.model.learned_fp8 import LearnedFp8Linear
+from chatfine.runtime import fp8_works
 from chatfine.types import Batch, Example
 
 SHAPES = [(64, 64), (48, 192), (16, 96)]
@@ -267,3 +268,44 @@ def test_compiled_under_autocast_master_weights_learn() -> None:
     # bf16 sums in another order differ by enough to round to other codes: not alike, but as near
     compiled, eager = (distance(one, found[2]) for one in found[:2])
     assert 1e-3 < compiled < 1.3 * eager < 0.15
+
+
+# -- on a card -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not fp8_works(torch.device("cuda", 0)), reason="needs a card with fp8 products")
+@pytest.mark.parametrize("masters", [torch.float32, torch.bfloat16])
+def test_the_card_s_products_are_those_of_the_twin_and_can_be_replayed(
+    masters: torch.dtype,
+) -> None:
+    linear = linear_of((256, 512), dtype=masters).cuda()
+    x = torch.randn(96, 512, device="cuda").bfloat16().requires_grad_()
+    grad = (torch.randn(96, 256, device="cuda") * 1e-4).bfloat16()
+
+    def once() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            found = linear(x)
+        y.copy_(found.detach())
+        found.backward(grad)
+
+    y = torch.zeros_like(grad)
+    linear.weight.grad, x.grad = torch.zeros_like(linear.weight), torch.zeros_like(x)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        once()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        once()
+    for _ in range(2):  # the second time with other weights
+        with torch.no_grad():
+            linear.weight.mul_(-3).add_(0.01)
+            linear.weight.grad.zero_()
+            x.grad.zero_()
+        graph.replay()
+        weight = linear.weight.detach()
+        scales = weight.float().abs().amax(1) / E4M3_MAX
+        codes = rounded(weight) / scales[:, None].double()
+        assert distance(y, rounded(x.detach()) @ rounded(weight).t()) < 0.01
+        assert distance(x.grad, rounded(grad.float() * scales) @ codes) < 0.01
+        assert distance(linear.weight.grad, grad.double().t() @ x.detach().double()) < 0.01

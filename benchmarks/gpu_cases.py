@@ -73,9 +73,11 @@ class Case:
 
 
 def small(batch: int, weights: str) -> tuple[Run, ...]:
-    """Everybody on a model for which memory is no question."""
+    """Everybody on a model for which memory is no question; all weights also by fp8 products."""
+    fp8 = Run(OURS, weights, batch, flags=("--fp8-products", "on"), note="fp8 products")
     return (
         Run(OURS, weights, batch),
+        *([fp8] if weights == "fp32" else []),
         Run("trl", weights, batch, thorough=True),
         Run("trl-liger", weights, batch),
         Run("unsloth", weights, batch),

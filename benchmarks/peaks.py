@@ -113,6 +113,7 @@ SETTINGS = (
     Setting("1b", "lora", 4, grown=True, compiled=True),
     Setting("1b", "rows", 4, grown=True),
     Setting("1b", "full", 4, compiled=True),
+    Setting("1b", "full", 4, compiled=True, flags=("--fp8-products", "on"), note="fp8-products"),
     Setting("1b", "full", 8, flags=PURE, note="pure-bf16-anyprecision"),
     Setting("1b", "full", 4, checkpointing="full", flags=EIGHT, note="adamw8bit"),
     Setting("135m", "lora", 8, compiled=True),
@@ -179,6 +180,7 @@ def expected(prepared: Prepared, device: str) -> Decisions:
         rows=config.batch_size, accumulate=config.accumulate, packing=config.packing == "on",
         recompute_layers=0, offload=config.checkpointing == "offload", quantize=config.quantize,
         second_copy=config.quantize == "fp8", compile=config.compile == "on",
+        learned_fp8=config.fp8_products == "on",
     )  # fmt: skip
     every = layers_reached(shapes_of(prepared.model), work_of(prepared, start))
     word = config.checkpointing

@@ -21,7 +21,7 @@ from typing import Any
 import children
 import inputs
 import quality_report
-from quality_report import BASE, STORAGES, Result
+from quality_report import BASE, PLAIN, STORAGES, Result
 from safetensors import SafetensorError
 
 from chatfine import console
@@ -90,10 +90,12 @@ def write_data(source: Source, folder: Path, work: Path, options: Any) -> dict[s
 
 def our_words(data: Path, storage: str, seed: int, output: Path, options: Any) -> list[str]:
     """`chatfine train` as a user types it."""
+    quantize = quality_report.quantized(storage)
     return [
         "-m", "chatfine", "train", "--json", "-m", str(options.model),
         "-d", str(data / "train.jsonl"), "--validation", str(data / "validation.jsonl"),
-        "-o", str(output), "--dtype", "bf16", "--quantize", storage, "--rank", str(options.rank),
+        "-o", str(output), "--dtype", "bf16", "--quantize", quantize, "--rank", str(options.rank),
+        "--calibrate", "off" if storage in (BASE, quantize + PLAIN) else "on",
         "--targets", "all-linear", "--packing", "on", "--compile", options.compile,
         "--max-length", str(options.max_length), "--batch-size", str(options.batch_size),
         "--learning-rate", str(options.learning_rate), "--max-steps", str(options.steps),

@@ -12,11 +12,14 @@ from typing import Any
 from gpu_report import markdown, number
 
 BASE = "none"
-STORAGES = {BASE: "bf16", "fp8": "fp8", "nf4": "NF4"}
-"""What `--quantize` takes, and its name for people."""
+PLAIN = "-plain"
+STORAGES = {BASE: "bf16", "fp8": "fp8", "nf4": "NF4", f"fp8{PLAIN}": "fp8, not calibrated",
+            f"nf4{PLAIN}": "NF4, not calibrated"}  # fmt: skip
+"""What `--quantize` takes, with `PLAIN` without calibration, and its name for people."""
 GOALS = {"fp8": 0.5, "nf4": 1.5}
 """Per cent that the final validation loss may lie above bf16's, in the mean over the seeds."""
-COLOURS = {BASE: "#525252", "fp8": "#08519c", "nf4": "#d94801"}
+COLOURS = {BASE: "#525252", "fp8": "#08519c", "nf4": "#d94801", f"fp8{PLAIN}": "#9ecae1",
+           f"nf4{PLAIN}": "#fdbe85"}  # fmt: skip
 COLUMNS = ("data", "storage", "products", "seeds", "final validation loss", "to bf16, mean %",
            "worst %", "goal %", "on bf16 weights, mean %", "")  # fmt: skip
 
@@ -103,6 +106,11 @@ def whole_differences(results: Sequence[Result], data: str, storage: str) -> lis
     ]
 
 
+def quantized(storage: str) -> str:
+    """What `--quantize` takes."""
+    return storage.removesuffix(PLAIN)
+
+
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     """What the seeds of each data set and storage come to."""
     rows = []
@@ -113,9 +121,9 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             finals = [one.final for one in runs if one.final is not None]
             curves = differences(results, data, storage).values()
             apart = [over[max(over)] for over in curves if over]
-            instead = {one.stored for one in runs if one.final is not None} - {storage}
+            instead = {one.stored for one in runs if one.final is not None} - {quantized(storage)}
             whole = whole_differences(results, data, storage)
-            goal, outcome = GOALS.get(storage), ""
+            goal, outcome = GOALS.get(quantized(storage)), ""
             if instead:
                 outcome, apart = f"not measured: stored as {', '.join(sorted(instead))}", []
                 whole = []
@@ -206,7 +214,9 @@ def draw(results: Sequence[Result], file: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    results = [one for one in results if one.final is not None and one.stored == one.storage]
+    results = [
+        one for one in results if one.final is not None and one.stored == quantized(one.storage)
+    ]
     names = list(dict.fromkeys(one.data for one in results))
     if not names:
         return
@@ -218,6 +228,7 @@ def draw(results: Sequence[Result], file: Path) -> None:
             curves(above, [one.losses for one in runs.values()], storage)
             if storage != BASE:
                 curves(below, list(differences(results, name, storage).values()), storage)
+            if storage in GOALS:
                 below.axhline(GOALS[storage], color=COLOURS[storage], linestyle=":", linewidth=1)
                 below.annotate(f"goal {GOALS[storage]:g} %", (0.01, GOALS[storage]), fontsize=8,
                                xycoords=("axes fraction", "data"), xytext=(0, 2),

@@ -237,6 +237,9 @@ class TrainConfig(ModelOptions, DataOptions):
     compile: Literal["auto", "on", "off"] = "auto"
     """compile the model's layers, for packed rows; auto = on an NVIDIA GPU, where the run is long
     enough to repay it"""
+    fp8_products: Literal["on", "off"] = "off"
+    """with --method full or freeze: multiply in 8-bit floats, to which the layers' weights are
+    rounded for each product and stay what they are; for cards that have them, less exact"""
     packing: Literal["auto", "on", "off"] = "auto"
     """fill rows of --max-length tokens with several examples that do not see each other"""
     checkpointing: str = "auto"

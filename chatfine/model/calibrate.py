@@ -118,8 +118,8 @@ def _moments(x: torch.Tensor) -> torch.Tensor:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = x.dtype == torch.bfloat16
     try:
-        for piece in rows.split(PIECE):
-            wide = piece.float()
+        for start in range(0, len(rows), PIECE):
+            wide = rows[start : start + PIECE].float()
             total.addmm_(wide.t(), wide)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed

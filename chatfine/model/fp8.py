@@ -38,3 +38,14 @@ def multiply_fp8(
     return torch._scaled_mm(
         a, b.t(), scale_a=scale_a, scale_b=columns, out_dtype=dtype, use_fast_accum=True
     )
+
+
+def multiply_back(grad: torch.Tensor, turned: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """grad W (N, in) of grad (N, out), in its format, where W has the e4m3 codes `turned` (in, out)
+    and the scales (out, 1).
+
+    A row's scale of W belongs to a column of the gradient here, which is multiplied by it before it
+    is rounded.
+    """
+    rounded, own = round_rows(grad.float() * scales.t())
+    return multiply_fp8(rounded, turned, own, torch.ones_like(own[:1]), grad.dtype)

@@ -21,7 +21,7 @@ from chatfine.model.storages import STORAGES
 
 
 def write_rounded(model: Any, file: Path) -> None:
-    """Write the codes and scales of all packed linears of `model`; the file is whole or not there."""
+    """Write the codes and scales of all packed linears; the file is whole or not there."""
     from safetensors.torch import save_file
 
     names = {module: name for name, module in model.named_modules()}
@@ -50,10 +50,8 @@ def fill_rounded(packed: Mapping[str, FrozenLinear], file: Path, device: torch.d
         with safe_open(str(file), framework="pt") as stream:
             stored = (stream.metadata() or {}).get("storage")
             for name, linear in packed.items():
-                scales = f"{name.removesuffix('weight')}scales"
-                found = tuple(
-                    stream.get_tensor(one).to(device, copy=True) for one in (name, scales)
-                )
+                both = (name, f"{name.removesuffix('weight')}scales")
+                found = tuple(stream.get_tensor(one).to(device, copy=True) for one in both)
                 shapes = (linear.weight.shape, linear.scales.shape)
                 if stored != linear.storage.name or tuple(one.shape for one in found) != shapes:
                     raise _unfit(file, t("it holds another model, or the model stored as {storage}",

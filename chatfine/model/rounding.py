@@ -12,7 +12,7 @@ squared error, each column weighted by the size of its inputs.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -103,7 +103,7 @@ class NF4Grid:
         return (pairs[..., 0] << 4) | pairs[..., 1], scales
 
 
-GRIDS = {"fp8": Fp8Grid, "nf4": NF4Grid}
+GRIDS: dict[str, Callable[[torch.Tensor, torch.Tensor], Grid]] = {"fp8": Fp8Grid, "nf4": NF4Grid}
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def round_together(
         storage: a name in `CALIBRATED`.
     """
     whole = torch.cat([weight.to(moments.device, torch.float32) for weight in weights])
-    grid: Grid = GRIDS[storage](whole, moments.diagonal())
+    grid = GRIDS[storage](whole, moments.diagonal())
     codes = _round_columns(whole, moments, grid)
     ends = list(itertools.accumulate(len(weight) for weight in weights))
     packed = grid.packed(codes)
@@ -156,6 +156,8 @@ def _factor(moments: torch.Tensor) -> torch.Tensor:
     step = DAMPING * diagonal.mean()
     for _ in range(8):
         diagonal += step
+        lower: torch.Tensor
+        upper: torch.Tensor
         lower, failed = torch.linalg.cholesky_ex(moments)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

@@ -45,6 +45,7 @@ from chatfine.model.fp8 import (
     E4M3_MAX,
     FP8_SMALLEST,
     multiplies_fp8,
+    multiply_back,
     multiply_fp8,
     round_rows,
 )
@@ -214,9 +215,7 @@ class Fp8(Storage):
         """See `Storage.product_back`."""
         if not multiplies_fp8(grad, len(packed[0]), in_features):
             return super().product_back(grad, packed, in_features)
-        codes, scales = self.fp8_turned(packed, in_features)
-        rounded, own = round_rows(grad.float() * scales.t())
-        return multiply_fp8(rounded, codes, own, torch.ones_like(own[:1]), grad.dtype)
+        return multiply_back(grad, *self.fp8_turned(packed, in_features))
 
     def fp8(self, packed: Packed, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         """e4m3 codes (out, in) and float32 scales (out, 1)."""

@@ -17,7 +17,7 @@ from chatfine.model.rounding import CALIBRATED
 if TYPE_CHECKING:
     from chatfine.train.decisions import Decisions
     from chatfine.train.prepare import Prepared
-    from chatfine.types import Batch
+    from chatfine.types import Batch, Example
 
 TOKENS = 32_768
 """Tokens of the texts, at most: a linear has up to some ten thousand inputs to be told apart."""
@@ -68,7 +68,8 @@ def calibration_texts(prepared: Prepared, tokens: int) -> Batch:
     """
     parts = prepared.data.train
     places = [(part, at) for part in parts for at in range(len(part))]
-    chosen, room = [], tokens
+    chosen: list[Example] = []
+    room = tokens
     for number in permutation(len(places), 0).tolist():
         part, at = places[number]
         example = part[at]

@@ -29,21 +29,18 @@ few enough that a small data set still gets its hundreds of updates."""
 PACKED_ROWS_WORTH = 200
 """Packing pays on a GPU with at least so many full rows an epoch; below, it only makes steps
 rarer."""
-
-
 COMPILED = ("lora", "rows", "full", "freeze")
 """Methods whose layers can be compiled."""
 WORTH_COMPILING = 4000
 """Passes of a layer, forward and back, over a micro-batch from which on compiling (8 to 10 s on an
 H100) pays: each saved 4.5 to 6.6 ms there, with 135M as with 7B, 8,192 tokens or twice as many."""
-
 EVALUATED = 2048
 """An evaluation takes rows of --max-length, or of so many tokens if that is less."""
 WITHOUT_FP8 = {"fp8": "none"}
 """What is stored instead where the device can't multiply 8-bit floats."""
 
 ASKED = ("dtype", "batch_size", "accumulate", "packing", "checkpointing", "quantize", "calibrate",
-         "compile")  # fmt: skip
+         "compile", "fp8_products")  # fmt: skip
 """The settings that the decisions follow from: where they changed before the first checkpoint, all
 is decided anew."""
 
@@ -64,7 +61,8 @@ class Decisions:
     quantize: str = "none"
     second_copy: bool = False
     compile: bool = False
-    fp8_products: bool = False
+    fp8_products: bool = False  # of frozen weights that are stored otherwise
+    learned_fp8: bool = False  # of weights that learn
     calibrate: bool = False
 
     @property
@@ -106,18 +104,22 @@ def _decide(prepared: Prepared, shapes: Shapes, device: torch.device, processes:
     if kept.is_file():
         earlier = json.loads(kept.read_text(encoding="utf-8"))
         if asked | earlier["asked"] == asked:
-            return _regroup(_read(earlier["decided"], config.quantize, shapes), processes, prepared)
+            decided = _read(earlier["decided"], config.quantize, shapes)
+            if not _has_fp8(device, decided.dtype):  # a checkpoint's fingerprint will tell
+                decided = dataclasses.replace(decided, learned_fp8=False)
+            return _regroup(decided, processes, prepared)
     dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     packing = _packing(prepared, device)
     rows = config.batch_size or (1 if packing else -(-EXAMPLES_A_STEP // processes))
     wanted = Decisions(
         device.type, dtype, rows, config.accumulate, packing, recompute_layers=0,
         processes=processes, sharding=_sharding(config.sharding, processes),
+        learned_fp8=config.fp8_products == "on" and _has_fp8(device, dtype),
     )  # fmt: skip
     wanted = dataclasses.replace(wanted, compile=_compiles(prepared, shapes, wanted))
     decisions = _fit(prepared, shapes, device, wanted)
-    tokens = work_of(prepared, decisions).tokens
-    decisions = dataclasses.replace(decisions, calibrate=calibrates(prepared, decisions, tokens))
+    calibrate = calibrates(prepared, decisions, work_of(prepared, decisions).tokens)
+    decisions = dataclasses.replace(decisions, calibrate=calibrate)
     if config.compile == "on" and not decisions.compile:
         console.warn(
             t("--compile on is ignored: it needs packed rows, a model that is not shared out, "
@@ -170,6 +172,8 @@ def _regroup(earlier: Decisions, processes: int, prepared: Prepared) -> Decision
     return dataclasses.replace(
         earlier, rows=rows, accumulate=each // rows, processes=processes, sharding=sharding,
         second_copy=earlier.second_copy and sharding == "none",
+        calibrate=earlier.calibrate and sharding == "none",
+        learned_fp8=earlier.learned_fp8 and sharding == "none",
     )  # fmt: skip
 
 
@@ -197,12 +201,13 @@ def _compiles(prepared: Prepared, shapes: Shapes, decisions: Decisions) -> bool:
     work = work_of(prepared, decisions)
     passes = shapes.layers * work.tokens / max(1, work.micro_tokens) / decisions.processes
     # rounded to 8-bit floats by plain operations, products would take longer than in bf16
-    fp8 = prepared.config.quantize == "fp8" and _has_fp8(torch.device("cuda"), decisions.dtype)
+    asked = prepared.config.quantize == "fp8" or prepared.config.fp8_products == "on"
+    fp8 = asked and _has_fp8(torch.device("cuda"), decisions.dtype)
     return possible and (fp8 or passes >= WORTH_COMPILING)
 
 
 def _has_fp8(device: torch.device, dtype: str) -> bool:
-    """Whether frozen weights can be multiplied as 8-bit floats."""
+    """Whether weights can be multiplied as 8-bit floats."""
     return fp8_works(device) and dtype == "bfloat16"
 
 
@@ -247,8 +252,9 @@ def _fit(prepared: Prepared, shapes: Shapes, device: torch.device, wanted: Decis
             # in one pass only where that is compiled
             fp8 = compiles and storage == "nf4" and _has_fp8(device, wanted.dtype)
             start = dataclasses.replace(
-                wanted, sharding=sharding, quantize=storage, compile=compiles, fp8_products=fp8
-            )
+                wanted, sharding=sharding, quantize=storage, compile=compiles, fp8_products=fp8,
+                learned_fp8=wanted.learned_fp8 and sharding == "none",
+            )  # fmt: skip
             options = _options(prepared, shapes, start)
             fitting = []
             for option, work in options:
@@ -329,8 +335,8 @@ def work_of(prepared: Prepared, decisions: Decisions) -> Work:
         micro_labels=round(micro * labels / max(1, tokens)) or 1, longest=lengths[0],
         tokens=round(tokens * epochs), labels=round(labels * epochs), keep=config.keep,
         quantize=decisions.quantize, second_copy=decisions.second_copy,
-        fp8_products=decisions.fp8_products, calibrate=decisions.calibrate, compile=decisions.compile,
-        accumulate=decisions.accumulate,
+        fp8_products=decisions.fp8_products, learned_fp8=decisions.learned_fp8,
+        calibrate=decisions.calibrate, compile=decisions.compile, accumulate=decisions.accumulate,
         evaluated=max(prepared.max_length, EVALUATED) if data.validation is not None else 0,
         virtual_tokens=config.learned_tokens,
         row_parameters=prepared.row_parameters,

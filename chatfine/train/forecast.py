@@ -34,6 +34,8 @@ def predict(
         "offload": decisions.offload,
         "compile": decisions.compile,
         "fp8_products": decisions.fp8_products,
+        "learned_fp8": decisions.learned_fp8,
+        "calibrate": decisions.calibrate,
         "processes": decisions.processes,
         "sharding": decisions.sharding,
         "steps": steps,
@@ -64,6 +66,7 @@ def show(
         *_positions(prepared),
         *_recomputed(decisions, shapes),
         *([[t("layers"), t("compiled")]] if decisions.compile else []),
+        *([[t("products"), t("fp8, rounded from the weights")]] if decisions.learned_fp8 else []),
         *_processes(decisions),
         [t("learns"), t("{n:,} of {m:,} parameters ({method})", n=plan["trained_parameters"],
                         m=plan["parameters"], method=prepared.method)],
@@ -77,6 +80,7 @@ def show(
         [t("time"), t("about {time}", time=console.duration(plan["seconds"]))],
     ]  # fmt: skip
     console.table([t("what"), t("prediction")], rows)
+    _say_what_instead(prepared, decisions)
     check_disk(prepared.run, plan["disk_bytes"])
     return plan
 
@@ -85,7 +89,21 @@ def _storage(decisions: Decisions) -> list[list[str]]:
     kind = decisions.quantize
     if decisions.fp8_products:
         kind = t("{storage}, multiplied as fp8", storage=kind)
+    if decisions.calibrate:
+        kind = t("{storage}, calibrated on the training data", storage=kind)
     return [] if kind == "none" else [[t("frozen weights"), kind]]
+
+
+def _say_what_instead(prepared: Prepared, decisions: Decisions) -> None:
+    """Where 8-bit products of weights that learn were asked for and can't be had."""
+    if prepared.config.fp8_products == "off" or decisions.learned_fp8:
+        return
+    if decisions.sharding != "none":
+        why = t("--fp8-products on is ignored: each process holds only its share of a weight")
+    else:
+        why = t("--fp8-products on needs an NVIDIA card of compute capability 8.9 or later, and "
+                "bf16; this run multiplies in {dtype} instead", dtype=decisions.dtype)  # fmt: skip
+    console.warn(why)
 
 
 def _recomputed(decisions: Decisions, shapes: planning.Shapes) -> list[list[str]]:

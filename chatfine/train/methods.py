@@ -20,7 +20,7 @@ LLAMA_ADAPTER_LAYERS = 30
 
 def check_method(
     method: str, model: ModelFolder, *, quantize: str, packing: str, checkpointing: str,
-    layers: int, adapter: str = "", optimizer: str = "adamw",
+    layers: int, adapter: str = "", optimizer: str = "adamw", fp8_products: str = "off",
 ) -> None:  # fmt: skip
     """Refuse settings that don't go with `method`, or a method that the model can't have.
 
@@ -43,6 +43,15 @@ def check_method(
             "quantize-and-method",
             t("--quantize {kind} does not go with --method {method}", kind=quantize, method=method),
             where="--quantize", why=why, fix=("--method lora", "--quantize none"),
+        )  # fmt: skip
+    if fp8_products == "on" and method in ADAPTERS:
+        raise UsageError(
+            "fp8-products-and-method",
+            t("--fp8-products on does not go with --method {method}", method=method),
+            where="--fp8-products",
+            why=t("it is for weights that learn; the base does not, so it can be stored as 8-bit "
+                  "floats once"),
+            fix=("--quantize fp8", "--method full"),
         )  # fmt: skip
     require_storage(quantize)
     require_optimizer(optimizer)

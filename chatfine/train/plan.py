@@ -92,6 +92,7 @@ class Work:
     second_copy: bool = False  # with fp8: a transposed copy of them, for the backward pass
     fp8_products: bool = False  # with nf4: unpacked to 8-bit floats
     calibrate: bool = False  # the packed linears are kept in the run folder
+    learned_fp8: bool = False  # weights that learn are rounded to 8-bit floats for products
     compile: bool = False
     virtual_tokens: int = 0  # what prefix and llama-adapter learn
     row_parameters: int = 0  # numbers in rows of embedding and head that learn
@@ -195,7 +196,10 @@ def moments_bytes(
 
 
 def piece_tokens(work: Work) -> int:
-    """How many tokens of a row go through an MLP at once; 0 = all of them."""
+    """How many tokens of a row go through an MLP at once; 0 = all of them: a compiled product of
+    8-bit floats would be kept for all pieces, see docs/LOG.md."""
+    if work.learned_fp8 and work.compile:
+        return 0
     return PIECE_TOKENS if work.recompute_layers and work.micro_tokens > LONG_ROW_TOKENS else 0
 
 
@@ -213,7 +217,7 @@ def make_plan(shapes: Shapes, work: Work) -> Plan:
         weights -= shapes.body_parameters * work.dtype_bytes
     state = learning * work.moments_bytes
     if masters:
-        weights += learning * work.learning_bytes
+        weights += learning * work.learning_bytes + activations.rounding_bytes(shapes, work)
     else:
         state += learning * work.learning_bytes
     kept = packed_bytes(shapes, work.quantize) if work.calibrate else 0

@@ -72,8 +72,9 @@ def at_peak(
     flight = in_flight(shapes, work, piece or work.micro_tokens)
     kept = max(0, reached - recomputed)
     again = kept or min(1, recomputed)  # one that is computed again, once no other keeps anything
-    # autocast's copies stay until the forward pass is over; compiled layers make their own
-    cast = reached if autocasts(work) and not work.compile else kept
+    # autocast's copies stay until the forward pass is over; compiled layers make their own, and
+    # products of 8-bit floats do without
+    cast = reached if autocasts(work) and not (work.compile or work.learned_fp8) else kept
     largest = max([shapes.head_parameters, *(out * i for out, i, _ in shapes.linears.values())])
     in_update = ROUNDED_UPDATE * largest if work.moments_bytes in BF16_MOMENTS else 0.0
 
@@ -235,6 +236,10 @@ def in_attention(shapes: Shapes, work: Work) -> float:
 
 def weights_kept_by_layer(shapes: Shapes, work: Work, learning: int) -> float:
     """Bytes that a layer keeps of its weights in another format for its backward pass."""
+    if work.learned_fp8:  # codes and a scale each row; a compiler rounds again, by the same scales
+        scales = FLOAT32 * sum(out * count for out, _, count in shapes.linears.values())
+        codes = 0 if work.compile else shapes.body_parameters
+        return (codes + scales) / shapes.layers
     if autocasts(work):
         return shapes.body_parameters / shapes.layers * work.dtype_bytes
     if work.method == "lora" and work.dtype_bytes < FLOAT32:
@@ -245,7 +250,7 @@ def weights_kept_by_layer(shapes: Shapes, work: Work, learning: int) -> float:
 def in_flight(shapes: Shapes, work: Work, tokens: int) -> float:
     """Gradients and what they are made of, within one MLP of so many tokens."""
     each = 4 * work.dtype_bytes
-    if work.quantize == "fp8" and not work.compile:
+    if (work.quantize == "fp8" or work.learned_fp8) and not work.compile:
         each = max(each, FP8_IN_FLIGHT)
     if work.method == "dora":
         each = 4 * FLOAT32
@@ -264,6 +269,18 @@ def unpacked_bytes(shapes: Shapes, work: Work) -> float:
         joined = work.compile and work.method == "lora"
         return 0.0 if work.second_copy else together if joined else largest
     return 2 * together if work.fp8_products else largest * work.dtype_bytes
+
+
+def rounding_bytes(shapes: Shapes, work: Work) -> float:
+    """What rounding a weight that learns takes beside what is kept of it (`model.learned_fp8`): its
+    codes in the other order; and by plain operations, in float32, twice the weight, and itself if
+    it is bf16."""
+    if not work.learned_fp8:
+        return 0.0
+    largest = max((out * into for out, into, _ in shapes.linears.values()), default=0)
+    if work.compile:
+        return float(largest)
+    return float(largest * FLOAT32 * (2 if work.learning_bytes == FLOAT32 else 3))
 
 
 def columns_bytes(shapes: Shapes, work: Work) -> float:

@@ -88,13 +88,18 @@ class Prepared:
             return self.config.method
         return t("{method}, {n:,} new rows", method=self.config.method, n=len(self.rows))
 
-    def fingerprint(self, quantize: str) -> dict[str, Any]:
-        """What must be equal for a checkpoint to fit: settings that matter, model, data, and how
-        the frozen weights are stored (`quantize`: what auto came to)."""
+    def fingerprint(
+        self, quantize: str, learned_fp8: bool = False, calibrate: bool = False
+    ) -> dict[str, Any]:
+        """What must be equal for a checkpoint to fit: settings that matter, model, data, how the
+        frozen weights are stored (`quantize`: what auto came to) and rounded, and whether weights
+        that learn are multiplied as 8-bit floats."""
         values = self.config.model_dump(mode="json")
         maths = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT}
         maths |= {"model_digest": self.model.digest(), "data": self.data.report.fingerprint}
         maths["quantize"] = quantize
+        maths["fp8_products"] = "on" if learned_fp8 else "off"
+        maths["calibrate"] = "on" if calibrate else "off"
         return maths | self._positions_fact
 
     def facts(self, decisions: Decisions) -> dict[str, Any]:
@@ -161,7 +166,7 @@ def prepare(config: TrainConfig) -> Prepared:
     check_method(
         config.method, model, quantize=config.quantize, packing=config.packing,
         checkpointing=config.checkpointing, layers=config.adapter_layers, adapter=config.adapter,
-        optimizer=config.optimizer,
+        optimizer=config.optimizer, fp8_products=config.fp8_products,
     )  # fmt: skip
     tokenizer = ChatTokenizer.load(model.path, template=config.template)
     check_vocabulary(model, tokenizer.size)

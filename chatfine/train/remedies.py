@@ -41,7 +41,7 @@ def remedies(
         if work.moments_bytes > eight and work.sharing == 1:
             small = change(work, moments_bytes=eight)
             options.append((small, "--optimizer adamw8bit"))
-        options.append((change(work, method="lora"), "--method lora"))
+        options.append((change(work, method="lora", learned_fp8=False), "--method lora"))
     if work.evaluated:
         options.append((change(work, evaluated=0), "--validation 0"))
     length = work.longest // 2

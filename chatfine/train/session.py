@@ -112,6 +112,11 @@ class Session:
         """Whether what learns is the model itself, in float32."""
         return self.output_name == "model" and not self.config.pure_bf16
 
+    @property
+    def _fingerprint(self) -> dict[str, Any]:
+        now = self.decisions
+        return self.prepared.fingerprint(now.quantize, now.learned_fp8, now.calibrate)
+
     def _load(self) -> Any:
         model = load_base(self.prepared, self.decisions, self.device)
         documents.check(model)
@@ -175,9 +180,7 @@ class Session:
             console.warn(t("checkpoint {name} is skipped: {fault}", name=name, fault=fault))
         length = 0
         if newest is not None:
-            require_same(
-                newest.state["fingerprint"], self.prepared.fingerprint(self.decisions.quantize)
-            )
+            require_same(newest.state["fingerprint"], self._fingerprint)
             self._load_weights(newest)
             moments = newest.tensors("optimizer", self._rows_here)
             load_optimizer_tensors(self.optimizer, self.parameters, moments)
@@ -296,7 +299,7 @@ class Session:
             "progress": progress.as_dict(),
             "log_bytes": self.log.sync(),
             "scaler": self.precision.scaler.state_dict(),
-            "fingerprint": self.prepared.fingerprint(self.decisions.quantize),
+            "fingerprint": self._fingerprint,
         }
         tensors: dict[str, Mapping[str, torch.Tensor]] = {
             "weights": dict(self.parameters),

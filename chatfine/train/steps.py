@@ -10,7 +10,7 @@ import torch
 
 from chatfine import console
 from chatfine.i18n import t
-from chatfine.model import compiled, fast, graphs
+from chatfine.model import compiled, fast, graphs, learned_fp8
 from chatfine.train.decisions import Decisions, work_of
 from chatfine.train.plan import Shapes, make_plan
 from chatfine.types import Batch
@@ -37,6 +37,8 @@ def loss_model(
     model: Any, prepared: Prepared, decisions: Decisions, shapes: Shapes
 ) -> fast.LossModel:
     """What measures the loss of a micro-batch of this run, and learns from it."""
+    if decisions.learned_fp8:
+        learned_fp8.install(model)
     if not decisions.compile or not compiled.supports(model):
         return fast.LossModel(model)
     kind = graphs.GraphedLoss if _replays(prepared, decisions, shapes) else compiled.CompiledLoss

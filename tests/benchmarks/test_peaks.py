@@ -61,7 +61,7 @@ def test_the_configurations_span_what_differs() -> None:
         "--quantize none", "--quantize fp8", "--quantize int8", "--quantize nf4", "--compile on",
         "--compile off", "--checkpointing none", "--checkpointing full", "--checkpointing 8",
         "--checkpointing offload", "--packing off", "--gpu-memory 24", "--optimizer adamw8bit",
-        "--optimizer anyprecision", "--pure-bf16", "--targets q_proj,v_proj",
+        "--optimizer anyprecision", "--pure-bf16", "--targets q_proj,v_proj", "--fp8-products on",
     ):  # fmt: skip
         assert any(needed in line for line in words), needed
     assert {one.shape for one in USUAL} == {"7b", "1b", "135m"}

@@ -243,7 +243,8 @@ def test_a_failed_run_is_a_row_and_is_run_again(
 ) -> None:
     out = tmp_path / "out"
     fake(monkeypatch, {"none": 2.0, "nf4": 2.1})
-    results = quality.main(words(tiny, dialogues, out, "--seeds", "1,0"))
+    three = ("--storages", "none,fp8,nf4")
+    results = quality.main(words(tiny, dialogues, out, "--seeds", "1,0", *three))
     assert [one.key[1:] for one in results] == [
         ("none", 0), ("none", 1), ("fp8", 0), ("fp8", 1), ("nf4", 0), ("nf4", 1)
     ]  # fmt: skip

@@ -21,7 +21,14 @@ from chatfine.train import decisions as deciding
 from chatfine.train import machine
 from chatfine.train.decisions import Decisions, decide, work_of
 from chatfine.train.methods import check_sharing
-from chatfine.train.plan import Shapes, Work, layers_reached, make_plan, relative_time
+from chatfine.train.plan import (
+    Shapes,
+    Work,
+    layers_reached,
+    make_plan,
+    piece_tokens,
+    relative_time,
+)
 from chatfine.train.prepare import prepare
 from chatfine.train.run import resume, train
 from chatfine.train.session import Session
@@ -314,6 +321,7 @@ def test_auto_takes_8_bit_floats_where_the_card_has_them(
     (120, {}, False), (130, {}, True), (60, {"accumulate": 2}, False),
     (65, {"accumulate": 2}, True), (130, {"compile": "off"}, False),
     (1, {"compile": "on"}, True), (1, {"quantize": "fp8"}, True),
+    (1, {"method": "full", "fp8_products": "on"}, True), (1, {"method": "full"}, False),
     (130, {"method": "dora"}, False),
 ])  # fmt: skip
 def test_what_repays_it_is_compiled(
@@ -329,7 +337,7 @@ def test_what_repays_it_is_compiled(
     assert deciding._compiles(prepared, SEVEN_B, start) == wanted
     assert not deciding._compiles(prepared, SEVEN_B, dataclasses.replace(start, packing=False))
     monkeypatch.setattr(deciding, "fp8_works", lambda device: False)  # then it is stored as bf16
-    plain = wanted and "quantize" not in changes
+    plain = wanted and not {"quantize", "fp8_products"} & changes.keys()
     assert deciding._compiles(prepared, SEVEN_B, start) == plain
 
 
@@ -343,6 +351,64 @@ def test_compiled_nf4_is_multiplied_as_8_bit_floats_where_the_card_has_them(
         _, found, _ = fit(EVERYTHING, compile=compiled, quantize="nf4")
         assert (found.quantize, found.compile) == ("nf4", compiled == "on")
         assert found.fp8_products == (found.compile and capability == (9, 0))
+
+
+@pytest.mark.parametrize(("changes", "wanted"), [
+    ({"method": "full"}, True), ({"method": "freeze"}, True),
+    ({"method": "full", "pure_bf16": True}, True), ({"method": "full", "compile": "off"}, True),
+    ({"method": "full", "dtype": "fp32"}, False), ({"method": "full", "dtype": "fp16"}, False),
+    ({"method": "full", "sharding": "full"}, False), ({"method": "full", "old": True}, False),
+])  # fmt: skip
+def test_weights_that_learn_are_multiplied_as_8_bit_floats_where_that_can_be_done(
+    configure: Configure, more_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, changes: dict[str, Any], wanted: bool,
+) -> None:  # fmt: skip
+    changes = dict(changes)
+    old = changes.pop("old", False)
+    monkeypatch.setattr(deciding, "fp8_works", lambda device: not old)
+    monkeypatch.setattr(deciding, "has_compiler", lambda: True)
+    shared = "sharding" in changes
+    rows = more_rows(tmp_path / "many.jsonl", 120)
+    settings = {"dataset": str(rows), "packing": "on", "max_length": 512, "batch_size": 0,
+                "gpu_memory": 1000, "dtype": "bf16", "validation": "0"}  # fmt: skip
+    for choice in ("on", "off"):
+        asked = settings | changes | {"fp8_products": choice, "output": str(tmp_path / choice)}
+        prepared = prepare(configure(**asked))
+        prepared.run.mkdir()
+        found = decide(prepared, SEVEN_B, DEVICE, 2 if shared else 1)
+        assert found.learned_fp8 == (wanted and choice == "on")
+        assert not found.fp8_products, "which is of frozen weights"
+        work = work_of(prepared, found)
+        assert work.learned_fp8 == found.learned_fp8
+        again = decide(prepared, SEVEN_B, torch.device("cpu"), 2 if shared else 1)
+        assert again == found, "a run goes on as it began"
+        assert found.compile == (choice == "on" and wanted and "compile" not in changes)
+        with monkeypatch.context() as patch:  # on another card, or shared out: another computation
+            patch.setattr(deciding, "fp8_works", lambda device: False)
+            again = decide(prepared, SEVEN_B, DEVICE, 2 if shared else 1)
+            assert again == dataclasses.replace(found, learned_fp8=False)
+        shares = dataclasses.replace(
+            prepared, config=prepared.config.model_copy(update={"sharding": "full"})
+        )
+        assert not deciding._regroup(dataclasses.replace(found, rows=2), 2, shares).learned_fp8
+
+
+@pytest.mark.parametrize("method", ["full", "freeze"])
+def test_what_8_bit_products_of_weights_that_learn_take(method: str) -> None:
+    """Compiled, no bf16 copy of a weight is kept; by plain operations, half of one."""
+    less = {}
+    for compiled in (True, False):
+        change: dict[str, Any] = {"method": method, "layers": 0, "compile": compiled}
+        exact, ours = memory(**change), memory(**change, learned_fp8=True)
+        less[compiled] = exact - ours
+        assert memory(**change, learned_fp8=True, micro_tokens=16384) > ours
+    linears = SEVEN_B.body_parameters
+    assert less[True] == pytest.approx(2 * linears, rel=0.05)
+    assert less[True] > less[False]
+    long = dataclasses.replace(WORK, method=method, recompute_layers=1, micro_tokens=65536)
+    assert piece_tokens(long)
+    assert piece_tokens(dataclasses.replace(long, learned_fp8=True))
+    assert not piece_tokens(dataclasses.replace(long, learned_fp8=True, compile=True))
 
 
 # -- runs ------------------------------------------------------------------------------------------

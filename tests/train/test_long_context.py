@@ -30,6 +30,7 @@ from chatfine.errors import ModelError, Stopped, UsageError
 from chatfine.hub.folder import read_model_folder
 from chatfine.model.positions import KINDS
 from chatfine.train import plan as planning
+from chatfine.train.decisions import Decisions
 from chatfine.train.loop import Trainer
 from chatfine.train.prepare import prepare
 from chatfine.train.run import resume, train
@@ -225,7 +226,8 @@ def test_a_length_that_fits_is_not_scaled(
     asked = prepare(configure(max_length=512, rope_scaling="yarn"))
     assert asked.positions is None
     assert asked.model == plain.model
-    assert "positions" not in asked.facts("none")
+    decided = Decisions("cpu", "float32", 1, 1, packing=False, recompute_layers=0)
+    assert "positions" not in asked.facts(decided)
 
 
 def test_a_learned_prefix_takes_positions_too(long_run: Configure) -> None:

@@ -156,6 +156,8 @@ def test_what_can_not_be_merged_says_chat(
     [
         ({"method": "full", "quantize": "int8"}, "quantize-and-method", "--quantize int8"),
         ({"method": "freeze", "quantize": "nf4"}, "quantize-and-method", "--method freeze"),
+        ({"fp8_products": "on"}, "fp8-products-and-method", "--method lora"),
+        ({"method": "prefix", "fp8_products": "on"}, "fp8-products-and-method", "--fp8-products"),
         ({"method": "prefix", "packing": "on"}, "packing-and-method", "--method prefix"),
         ({"method": "llama-adapter", "packing": "on"}, "packing-and-method", "--packing on"),
         ({"method": "prefix", "checkpointing": "full"}, "checkpointing-and-method", "full"),

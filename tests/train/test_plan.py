@@ -17,7 +17,7 @@ from chatfine.commands.plan import plan as plan_command
 from chatfine.config import PlanConfig, TrainConfig
 from chatfine.errors import ResourceError, UsageError
 from chatfine.hub.folder import read_model_folder
-from chatfine.model import adapters, cross_entropy, joined
+from chatfine.model import adapters, cross_entropy, fp8, joined, learned_fp8
 from chatfine.model.load import load_model
 from chatfine.train import machine
 from chatfine.train import plan as planning
@@ -197,6 +197,8 @@ def kept_by_a_layer(folder: Path, tokens: int, work: Work, compiled: bool, **cho
     if work.learning_bytes == 2:
         model.bfloat16()
     decoder = model.train().get_decoder()
+    if work.learned_fp8:
+        learned_fp8.install(model)
     if compiled:  # partitioned as the compiler does, but nothing is translated
         joined.join(model)
         decoder.layers[1].compile(
@@ -215,6 +217,24 @@ def kept_by_a_layer(folder: Path, tokens: int, work: Work, compiled: bool, **cho
     return watched.kept
 
 
+@torch.library.custom_op("chatfine_tests::multiply_fp8", mutates_args=())
+def as_the_card(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """`fp8.multiply_fp8` as one operation, which a compiler does not look into, as on a card."""
+    return MULTIPLY(a, b, scale_a, scale_b, dtype)
+
+
+@as_the_card.register_fake
+def _(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    return a.new_empty((len(a), len(b)), dtype=dtype)
+
+
+MULTIPLY = fp8.multiply_fp8
 KEPT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"method": "lora"}, {}),
     ({"method": "lora", "targets": ("q_proj", "v_proj")}, {"targets": "q_proj,v_proj"}),
@@ -223,15 +243,22 @@ KEPT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"method": "freeze", "layers": 2}, {"freeze_layers": 2}),
     ({"method": "full"}, {}),
     ({"method": "full", "learning_bytes": 2}, {}),
+    ({"method": "full", "learned_fp8": True}, {}),
+    ({"method": "full", "learned_fp8": True, "learning_bytes": 2}, {}),
+    ({"method": "freeze", "layers": 2, "learned_fp8": True}, {"freeze_layers": 2}),
 ]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("changes", "chosen"), KEPT)
 def test_a_token_keeps_what_autograd_keeps(
-    tiny: Path, changes: dict[str, Any], chosen: dict[str, Any], compiled: bool
-) -> None:
+    tiny: Path, changes: dict[str, Any], chosen: dict[str, Any], compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """As found on a CPU, whose attention goes from document to document."""
+    for module in (fp8, learned_fp8):
+        monkeypatch.setattr(module, "multiply_fp8", as_the_card)
+    monkeypatch.setattr(learned_fp8, "multiplies_fp8", lambda *_: True)
     work = dataclasses.replace(WORK, device="cpu", compile=compiled, **changes)
     if compiled and work.method == "dora":
         pytest.skip("is never compiled")
@@ -241,6 +268,9 @@ def test_a_token_keeps_what_autograd_keeps(
     few, many = (kept_by_a_layer(tiny, n, work, compiled, **chosen) for n in (64, 128))
     # the rest are sums of whole rows: of a norm's squares, of a softmax's exponentials
     assert planned.a_token(shapes, work) == pytest.approx((many - few) / 64, rel=0.03)
+    if work.method == "full":  # and what it keeps of its weights, whatever the tokens
+        kept = planned.weights_kept_by_layer(shapes, work, shapes.parameters)
+        assert 2 * few - many == pytest.approx(kept, rel=0.01, abs=20)
 
 
 def test_compiled_layers_keep_less() -> None:

@@ -116,6 +116,10 @@ def test_the_fingerprint_leaves_out_what_does_not_enter_the_maths(
     with pytest.raises(UsageError) as caught:
         require_same(one, other)
     assert caught.value.what.splitlines()[1:] == ["learning_rate: 0.01 → 0.5", "clip: 1.0 → 0.3"]
+    with pytest.raises(UsageError, match="fp8_products: off → on"):
+        require_same(one, prepare(configure()).fingerprint("none", True))
+    before = {name: value for name, value in one.items() if name != "fp8_products"}
+    require_same(before, one)  # of a run that began before there was this setting
 
 
 def test_another_model_in_the_same_place_is_noticed(

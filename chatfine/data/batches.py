@@ -160,6 +160,15 @@ class Batches:
         chosen = np.lexsort((-labels, -tokens))[: self._rows]
         return self._batch(self._members(epoch, chosen))
 
+    @property
+    def most_documents(self) -> int:
+        """Examples in the micro-batch of the first epoch that has the most. Best fit puts the short
+        ones together, so that is far more than the usual number."""
+        counts = np.diff(self._epoch(0).starts)[self._rank :: self._world]
+        sums = np.r_[0, np.cumsum(counts)]
+        size = min(self._rows, len(counts))
+        return int((sums[size:] - sums[: len(sums) - size]).max(initial=0))
+
     # -- order -----------------------------------------------------------------------------------
 
     def _units(self, index: int) -> tuple[_Epoch, Indices]:

@@ -125,7 +125,8 @@ class Session:
         if self.decisions.fp8_products:
             frozen.multiply_in_fp8(model)
         model = self._attach(model)
-        self.measure = steps.loss_model(model, self.prepared, self.decisions, self.shapes)
+        most = self.batches.most_documents
+        self.measure = steps.loss_model(model, self.prepared, self.decisions, self.shapes, most)
         return model
 
     def _load_sharded(self) -> Any:

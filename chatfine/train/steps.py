@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 BLOCK = 128
 """The longest document is rounded up to so many tokens: attention works in blocks of them."""
 MORE_DOCUMENTS = 1.5
-"""Times the usual number of documents in a micro-batch: with 50 of mixed lengths, four standard
-deviations more. Beyond that layers are compiled anew."""
+"""Times the usual number of documents in a micro-batch, at least: other epochs are in another
+order. Beyond the room that is made, layers are compiled anew."""
 LAUNCH_BOUND = 1.2e13
 """Floating-point operations of a layer's part of a micro-batch, forward and back, below which an
 H100 gains from a graph: 1 to 4 % at 1e13, half of the step and more below 1e12."""
@@ -34,18 +34,21 @@ CUDNN_HEAD = 128
 
 
 def loss_model(
-    model: Any, prepared: Prepared, decisions: Decisions, shapes: Shapes
+    model: Any, prepared: Prepared, decisions: Decisions, shapes: Shapes, most_documents: int = 0
 ) -> fast.LossModel:
-    """What measures the loss of a micro-batch of this run, and learns from it."""
+    """What measures the loss of a micro-batch of this run, and learns from it; `most_documents` are
+    in one."""
     if decisions.learned_fp8:
         learned_fp8.install(model)
     if not decisions.compile or not compiled.supports(model):
         return fast.LossModel(model)
     kind = graphs.GraphedLoss if _replays(prepared, decisions, shapes) else compiled.CompiledLoss
-    return kind(model, _fixed_inputs(model, prepared, decisions.rows))
+    return kind(model, _fixed_inputs(model, prepared, decisions.rows, most_documents))
 
 
-def _fixed_inputs(model: Any, prepared: Prepared, rows: int) -> compiled.FixedInputs:
+def _fixed_inputs(
+    model: Any, prepared: Prepared, rows: int, most_documents: int = 0
+) -> compiled.FixedInputs:
     """Room for what a micro-batch of `rows` holds; for more documents than that, it grows."""
     tokens = prepared.max_length * rows
     lengths = [part.lengths for part in prepared.data.train if len(part.lengths)]
@@ -54,7 +57,7 @@ def _fixed_inputs(model: Any, prepared: Prepared, rows: int) -> compiled.FixedIn
     size = min(prepared.max_length, -(-longest // BLOCK) * BLOCK)
     usual = tokens / min(float(some.mean()) for some in lengths)
     documents = compiled.MIN_DOCUMENTS
-    while documents < usual * (1 if full else MORE_DOCUMENTS):
+    while documents < max(most_documents, usual * (1 if full else MORE_DOCUMENTS)):
         documents *= 2
     return compiled.FixedInputs(tokens, size, full and _takes_full_rows(model), documents)
 

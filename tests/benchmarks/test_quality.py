@@ -256,7 +256,9 @@ def test_a_failed_run_is_a_row_and_is_run_again(
 
     join = ("--join", str(out / "quality.json"))
     commands = fake(monkeypatch, {"fp8": 2.0}, 2.02)
-    joined = quality.main(words(tiny, dialogues, tmp_path / "again", "--seeds", "0,1", *join))
+    joined = quality.main(
+        words(tiny, dialogues, tmp_path / "again", "--seeds", "0,1", *join, *three)
+    )
     assert ["eval" in one for one in commands] == [False, True] * 2, "only the failed ones"
     assert [one.final for one in joined] == [2.0] * 4 + [2.1] * 2
     assert [one.whole_loss for one in joined] == [None] * 2 + [2.02] * 2 + [None] * 2

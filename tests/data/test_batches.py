@@ -158,6 +158,15 @@ def test_longest_is_at_least_as_long_as_any(packing: bool) -> None:
     assert most <= batches.longest().tokens <= (400 if packing else 240)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 1000])
+def test_most_documents_is_what_the_fullest_micro_batch_of_an_epoch_has(rows: int) -> None:
+    batches = Batches([examples(200)], rows=rows, packing=True, capacity=100)
+    counts = [len(one.index) for i in range(batches.steps_per_epoch) for one in batches.step(i)]
+    assert max(counts) <= batches.most_documents <= 200
+    if rows != 4:  # windows that begin between micro-batches count too
+        assert batches.most_documents == max(counts)
+
+
 def test_examples_longer_than_a_row_are_refused() -> None:
     with pytest.raises(ValueError, match="between 1 and 10"):
         _ = Batches([examples(9)], packing=True, capacity=10).steps_per_epoch

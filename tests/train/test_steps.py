@@ -105,6 +105,7 @@ def test_there_is_room_for_more_documents_than_usual_from_the_start(tiny: Path) 
     assert mixed.longest == 128
     assert 512 / 20 * 1.5 <= mixed.documents == 64
     assert _fixed_inputs(model, prepared([100]), rows=1).documents == compiled.MIN_DOCUMENTS
+    assert _fixed_inputs(model, prepared([100]), 1, most_documents=33).documents == 64
 
 
 def test_what_fills_a_card_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

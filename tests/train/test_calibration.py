@@ -1,0 +1,116 @@
+"""A run whose frozen weights are rounded to its own texts, and what goes on with it later."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from chatfine.commands.opened import open_source
+from chatfine.config import ResumeConfig, TrainConfig
+from chatfine.export.merge import merge
+from chatfine.hub.rounded import FILE
+from chatfine.model.frozen import FrozenLinear, frozen_linears
+from chatfine.train.calibration import calibration_texts
+from chatfine.train.prepare import prepare
+from chatfine.train.run import resume, train
+
+Configure = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def calibrated(configure: Configure) -> Path:
+    train(configure(quantize="nf4", calibrate="on", save_every=2))
+    return Path(configure().output)
+
+
+def same_base(model: Any, run: Path) -> bool:
+    """Whether the packed linears of a model are those kept in the run folder."""
+    kept = load_file(run / FILE)
+    linears = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): one
+        for name, one in model.named_modules()
+        if isinstance(one, FrozenLinear)
+    }
+    assert len(linears) * 2 == len(kept)
+    return all(
+        torch.equal(one.weight, kept[f"{name}.weight"])
+        and torch.equal(one.scales, kept[f"{name}.scales"])
+        for name, one in linears.items()
+    )
+
+
+def test_the_base_is_kept_and_everything_later_goes_on_with_it(
+    calibrated: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = json.loads((calibrated / "adapter/chatfine.json").read_text(encoding="utf-8"))
+    assert (facts["quantize"], facts["calibrated"]) == ("nf4", True)
+    decided = json.loads((calibrated / "decisions.json").read_text(encoding="utf-8"))["decided"]
+    assert decided["calibrate"] is True
+    opened = open_source(str(calibrated))
+    storage = opened.storage("auto")
+    assert storage == "nf4"
+    model = opened.load(torch.float32, torch.device("cpu"), storage)
+    assert same_base(model, calibrated)
+    plain = opened.load(torch.float32, torch.device("cpu"), "none")
+    assert not list(frozen_linears(plain))
+    # merged, it computes what was trained: the kept weights and the adapter
+    prompts = [[3, 4, 5, 6, 7, 8], [9, 10, 11]]
+    result = merge(tiny, calibrated / "adapter", tmp_path / "merged", None, prompts)
+    assert result.quantized is not None
+    assert result.quantized.added_to == "dequantized"
+    assert result.gap < 1e-3
+    # without the file the exact weights are the best there is, and it is said
+    (calibrated / FILE).unlink()
+    capsys.readouterr()
+    assert open_source(str(calibrated)).storage("auto") == "none"
+    assert FILE in capsys.readouterr().out
+    assert merge(tiny, calibrated / "adapter", tmp_path / "again", None, prompts).quantized is None
+
+
+def test_going_on_reads_the_base_again_and_learns_the_same(
+    configure: Configure, calibrated: Path, metrics: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(calibrated, first)
+    changed = (calibrated / FILE).stat().st_mtime_ns
+    newest = max((calibrated / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    shutil.rmtree(calibrated / "adapter")
+    (calibrated / "result.json").unlink(missing_ok=True)
+    resume(ResumeConfig(run=str(calibrated)))
+    assert (calibrated / FILE).stat().st_mtime_ns == changed
+    assert metrics(calibrated)[-1] == metrics(first)[-1]
+
+
+def test_texts_are_the_same_whatever_the_seed(configure: Configure) -> None:
+    one, other = (
+        calibration_texts(prepare(configure(seed=seed, validation="0")), 300) for seed in (1, 2)
+    )
+    assert one.index == other.index
+    assert one.ids.tolist() == other.ids.tolist()
+    assert (
+        len(one.ids) <= 300 < len(calibration_texts(prepare(configure(validation="0")), 10**6).ids)
+    )
+    assert len(calibration_texts(prepare(configure()), 1).bounds) == 2, "one example in any case"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"quantize": "int8", "calibrate": "on"}, "--calibrate on"), ({"quantize": "nf4"}, "")],
+)
+def test_where_nothing_is_calibrated(
+    configure: Configure, settings: dict[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """int8 has nothing to gain; auto leaves it to long runs on a card."""
+    train(configure(max_steps=1, **settings))
+    run = Path(configure().output)
+    assert not (run / FILE).exists()
+    assert "calibrated" not in (run / "adapter/chatfine.json").read_text(encoding="utf-8")
+    assert ("--calibrate" in capsys.readouterr().out) == bool(words)

@@ -190,7 +190,8 @@ def table(results: Sequence[Result], facts: dict[str, Any]) -> str:
              f"learning rate {made['learning_rate']:g}, layers {layers}. The loss is that of "
              "held-out answers in nats a token after the last step, mean ± standard deviation over "
              "the seeds. A difference is that to bf16 with the same seed; its mean over the seeds "
-             "is held against the goal. *On bf16 weights* is the same difference if the adapter is "
+             "is held against the goal. fp8 and NF4 weights are calibrated on the training data "
+             "unless it says not. *On bf16 weights* is the same difference if the adapter is "
              "used on weights that are not rounded.", ""]  # fmt: skip
     for name, size in facts["data"].items():
         ends = [one.points[-1][1] for one in results if one.data == name and one.final is not None]

@@ -231,6 +231,10 @@ def in_attention(shapes: Shapes, work: Work) -> float:
     bare -= size * shapes.hidden if learning & set(READERS[1]) else 0
     flight = residual_bytes(work) * shapes.hidden + size * 2 * (shapes.query + shapes.key)
     flight += FLOAT32 * shapes.query if work.device == "cuda" else 0
+    if work.compile:  # one program: rotated gradients are written anew, the MLP's states stay
+        flight += size * (shapes.query + shapes.key + 2 * shapes.hidden)
+        fp8 = work.quantize == "fp8" or work.fp8_products
+        flight += shapes.query + 2 * shapes.key if fp8 else 0  # codes of these gradients
     return (bare + flight) * work.micro_tokens
 
 

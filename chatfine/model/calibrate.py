@@ -8,7 +8,7 @@ what rounding did before it, and there is never more than one layer in the full 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from chatfine.model.rounding import round_together
 from chatfine.model.stream import StoredWeight
 from chatfine.types import Batch
 
+Report = Callable[[int, int], None]
 PIECE = 4096
 """Tokens whose second moments are added up at a time."""
 
@@ -35,17 +36,24 @@ def supports(model: Any) -> bool:
 
 
 @torch.no_grad()
-def fill_calibrated(model: Any, stored: Mapping[FrozenLinear, StoredWeight], batch: Batch) -> None:
+def fill_calibrated(
+    model: Any,
+    stored: Mapping[FrozenLinear, StoredWeight],
+    batch: Batch,
+    report: Report = lambda done, layers: None,
+) -> None:
     """Fill packed linears of the decoder layers from their stored weights.
 
     Args:
         model: all other weights are in place.
         stored: empty linears → where their weights are.
         batch: packed texts, on the device of the model.
+        report: hears of every layer that is done, and how many there are.
     """
     layers = model.get_decoder().layers if supports(model) else []
-    for layer in layers:
-        layer.forward = partial(_calibrated, layer, layer.forward, stored, batch.ids.device)
+    for done, layer in enumerate(layers, 1):
+        tell = partial(report, done, len(layers))
+        layer.forward = partial(_calibrated, layer, layer.forward, stored, batch.ids.device, tell)
     try:
         if layers:
             model.get_decoder()(**model_inputs(batch))
@@ -62,6 +70,7 @@ def _calibrated(
     forward: Any,
     stored: Mapping[FrozenLinear, StoredWeight],
     device: torch.device,
+    tell: Callable[[], None],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -83,6 +92,7 @@ def _calibrated(
             linear.take(one)
     for linear, weight in weights.items():
         linear.fill(weight)  # nothing came to it, as to some of many experts
+    tell()
     return forward(*args, **kwargs)
 
 

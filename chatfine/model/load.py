@@ -48,6 +48,7 @@ def load_model(
     positions: Positions | None = None,
     rounded: Path | None = None,
     texts: Batch | None = None,
+    report: calibrate.Report = lambda done, layers: None,
 ) -> Any:
     """Load the causal language model in `path`.
 
@@ -60,6 +61,7 @@ def load_model(
         positions: how it reads more tokens than it was made for; None = as config.json says.
         rounded: a file of `model.rounded` with the packed linears, which are not rounded again.
         texts: packed texts on `device` for whose sake the linears are rounded (`model.calibrate`).
+        report: hears of every layer for which that is done, and how many there are.
 
     Returns:
         A `PreTrainedModel` in evaluation mode whose attention understands packed documents
@@ -74,7 +76,9 @@ def load_model(
     if quantize == "none":
         model = _whole(path, dtype, positions).to(device)
     else:
-        model = _quantized(path, dtype, torch.device(device), quantize, positions, rounded, texts)
+        model = _quantized(
+            path, dtype, torch.device(device), quantize, positions, rounded, texts, report
+        )
     attention.install(model)
     return model.eval()
 
@@ -107,6 +111,7 @@ def _quantized(
     positions: Positions | None,
     rounded: Path | None,
     texts: Batch | None,
+    report: calibrate.Report,
 ) -> Any:
     model = stream.empty_model(path, dtype, device, positions)
     packed = pack_linears(model, storage, path)
@@ -132,7 +137,7 @@ def _quantized(
         fill_rounded(packed, rounded, device)
     elif texts is not None:
         attention.install(model)
-        calibrate.fill_calibrated(model.eval(), later, texts)
+        calibrate.fill_calibrated(model.eval(), later, texts, report)
     return model
 
 

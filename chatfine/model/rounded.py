@@ -32,6 +32,7 @@ def write_rounded(model: Any, file: Path) -> None:
         tensors[f"{names[linear]}.scales"] = linear.scales.detach().contiguous()
     staged = file.with_name(f".{file.name}")
     save_file(tensors, staged, metadata={"format": "pt", "storage": storage})
+    staged.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes for its owner alone
     os.replace(staged, file)
 
 

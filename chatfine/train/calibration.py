@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 TOKENS = 32_768
 """Tokens of the texts, at most: a linear has up to some ten thousand inputs to be told apart."""
+CPU_TOKENS = 8_192
+"""On a CPU: more would take longer than a beginner waits."""
 WORTH = 500
 """Calibrating pays in a run that reads so many times these tokens: an H200 takes two minutes for
 7B, and learns from a hundred times these tokens meanwhile."""
@@ -54,10 +56,18 @@ def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) ->
         return load_model(path, dtype, device, decisions.quantize, prepared.positions)
     if file.is_file():
         return load_model(path, dtype, device, decisions.quantize, prepared.positions, rounded=file)
-    texts = calibration_texts(prepared, TOKENS).to(device)
+    tokens = TOKENS if device.type == "cuda" else CPU_TOKENS
+    texts = calibration_texts(prepared, tokens).to(device)
     console.say(t("rounding the frozen weights to {n:,} tokens of the training data",
                   n=len(texts.ids)))  # fmt: skip
-    model = load_model(path, dtype, device, decisions.quantize, prepared.positions, texts=texts)
+
+    def report(done: int, layers: int) -> None:
+        if done * 5 // layers > (done - 1) * 5 // layers:  # about five lines
+            console.say(t("  layer {n} of {m}", n=done, m=layers))
+
+    model = load_model(
+        path, dtype, device, decisions.quantize, prepared.positions, texts=texts, report=report
+    )
     write_rounded(model, file)
     return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,7 @@ class Opened:
         chosen = self.trained_on if quantize == "auto" else quantize
         if quantize == "auto" and self.facts.get(CALIBRATED) and not self.rounded(chosen):
             chosen = "none"
-            console.warn(
-                t("{file} is not beside the adapter; it is put on the exact weights", file=FILE)
-            )
+            _say_exact(self.source.adapter)
         require_storage(chosen)
         return chosen
 
@@ -87,6 +86,12 @@ class Opened:
         rounded = self.rounded(quantize)
         model = load_model(self.source.model, dtype, device, quantize, self.positions, rounded)
         return load_adapter(model, self.source.adapter) if self.source.adapter else model
+
+
+@lru_cache
+def _say_exact(adapter: Path) -> None:
+    """Say once of each adapter that the weights it was trained on are gone."""
+    console.warn(t("{file} is not beside the adapter; it is put on the exact weights", file=FILE))
 
 
 def open_source(name: str, base: str = "", template: str = "model") -> Opened:

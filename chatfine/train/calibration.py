@@ -8,6 +8,7 @@ import torch
 
 from chatfine import console
 from chatfine.data.batches import collate, permutation
+from chatfine.errors import ResourceError
 from chatfine.hub.rounded import FILE
 from chatfine.i18n import t
 from chatfine.model.load import load_model
@@ -56,7 +57,26 @@ def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) ->
         return load_model(path, dtype, device, decisions.quantize, prepared.positions)
     if file.is_file():
         return load_model(path, dtype, device, decisions.quantize, prepared.positions, rounded=file)
-    tokens = TOKENS if device.type == "cuda" else CPU_TOKENS
+    most = TOKENS if device.type == "cuda" else CPU_TOKENS
+    model = _calibrated(prepared, decisions, device, most)
+    if model is None:  # what it held is free again
+        torch.cuda.empty_cache()
+        model = _calibrated(prepared, decisions, device, most // 8)
+    if model is None:
+        raise ResourceError(
+            "calibration-memory",
+            t("rounding the weights to the training's texts does not fit into the device's memory"),
+            why=t("for that one layer is computed exactly, over thousands of tokens"),
+            fix="--calibrate off",
+        )
+    write_rounded(model, file)
+    return model
+
+
+def _calibrated(
+    prepared: Prepared, decisions: Decisions, device: torch.device, tokens: int
+) -> Any | None:
+    """The model rounded to so many tokens; None if that does not fit."""
     texts = calibration_texts(prepared, tokens).to(device)
     console.say(t("rounding the frozen weights to {n:,} tokens of the training data",
                   n=len(texts.ids)))  # fmt: skip
@@ -65,11 +85,12 @@ def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) ->
         if done * 5 // layers > (done - 1) * 5 // layers:  # about five lines
             console.say(t("  layer {n} of {m}", n=done, m=layers))
 
-    model = load_model(
-        path, dtype, device, decisions.quantize, prepared.positions, texts=texts, report=report
-    )
-    write_rounded(model, file)
-    return model
+    path, kind = prepared.model.path, decisions.torch_dtype
+    try:
+        return load_model(path, kind, device, decisions.quantize, prepared.positions, texts=texts,
+                          report=report)  # fmt: skip
+    except torch.OutOfMemoryError:
+        return None
 
 
 def calibration_texts(prepared: Prepared, tokens: int) -> Batch:

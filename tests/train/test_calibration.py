@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 
 from chatfine.commands.opened import open_source
 from chatfine.config import ResumeConfig, TrainConfig
+from chatfine.errors import ResourceError
 from chatfine.export.merge import merge
 from chatfine.hub.rounded import FILE
 from chatfine.model.frozen import FrozenLinear, frozen_linears
+from chatfine.model.load import load_model
+from chatfine.train import calibration
 from chatfine.train.calibration import calibration_texts
 from chatfine.train.prepare import prepare
 from chatfine.train.run import resume, train
@@ -99,6 +102,35 @@ def test_texts_are_the_same_whatever_the_seed(configure: Configure) -> None:
         len(one.ids) <= 300 < len(calibration_texts(prepare(configure(validation="0")), 10**6).ids)
     )
     assert len(calibration_texts(prepare(configure()), 1).bounds) == 2, "one example in any case"
+
+
+def test_fewer_tokens_where_memory_is_short_and_a_word_where_that_is_too_much(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def load(*args: Any, texts: Any = None, **kwargs: Any) -> Any:
+        taken.extend([len(texts.ids)] if texts is not None else [])
+        if len(taken) == 1:
+            raise torch.OutOfMemoryError("as on a card")
+        return load_model(*args, texts=texts, **kwargs)
+
+    monkeypatch.setattr(calibration, "load_model", load)
+    monkeypatch.setattr(calibration, "CPU_TOKENS", 400)
+    train(configure(quantize="int8", max_steps=1))  # has nothing to do with it
+    assert not taken
+    settings = {"quantize": "nf4", "calibrate": "on", "max_steps": 1, "overwrite": True}
+    train(configure(**settings))
+    assert 400 >= taken[0] > 4 * taken[1] > 0
+    assert (Path(configure().output) / FILE).is_file()
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("as on a smaller card")
+
+    monkeypatch.setattr(calibration, "load_model", full)
+    with pytest.raises(ResourceError) as caught:
+        train(configure(**settings))
+    assert caught.value.code == "calibration-memory"
 
 
 @pytest.mark.parametrize(

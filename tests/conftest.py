@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as runtime.be_polite_on_cores does
 os.environ["CHATFINE_LANG"] = "en"
 os.environ.pop("FORCE_COLOR", None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_what_was_compiled() -> Iterator[None]:
+    """torch compiles a piece of code eight times at most, and one process runs many files."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch"].compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,8 @@ class Opened:
     """what chatfine.json says about the training; empty for a model from elsewhere"""
     positions: Positions | None = None
     """how the base of an adapter reads more tokens than its files say"""
+    own_base: bool = True
+    """whether the model is the one that an adapter was trained on"""
 
     @property
     def system(self) -> str:
@@ -69,7 +71,7 @@ class Opened:
 
     def rounded(self, storage: str) -> Path | None:
         """The file with the weights that the adapter was trained on, if they were stored so."""
-        fitting = self.facts.get(CALIBRATED) and storage == self.trained_on
+        fitting = self.facts.get(CALIBRATED) and storage == self.trained_on and self.own_base
         return beside(self.source.adapter) if fitting else None
 
     def load(self, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
@@ -91,7 +93,12 @@ class Opened:
 @lru_cache
 def _say_exact(adapter: Path) -> None:
     """Say once of each adapter that the weights it was trained on are gone."""
-    console.warn(t("{file} is not beside the adapter; it is put on the exact weights", file=FILE))
+    console.warn(
+        t(
+            "the weights it was trained on, {file}, are not here; it is put on the exact ones",
+            file=FILE,
+        )
+    )
 
 
 def open_source(name: str, base: str = "", template: str = "model") -> Opened:
@@ -116,11 +123,12 @@ def open_source(name: str, base: str = "", template: str = "model") -> Opened:
     _check_canaries(tokenizer, facts, place)
     if source.adapter:
         _check_base(folder, facts, explicit=bool(base), where=source.adapter)
+    own_base = facts.get("base_digest") in (None, folder.digest())
     positions = of_adapter(source.adapter)
     if positions is not None:
         console.say(t("positions as in training: {positions}", positions=positions))
     folder = with_positions_of(folder, positions)
-    return Opened(name, source, folder, tokenizer, facts, positions)
+    return Opened(name, source, folder, tokenizer, facts, positions, own_base)
 
 
 def _tokenizer(source: Source, facts: dict[str, Any], template: str) -> ChatTokenizer:

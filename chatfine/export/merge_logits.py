@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,10 +54,13 @@ def choose(job: Merging, prompts: Sequence[Sequence[int]]) -> Choice | None:
     storage = str(job.adapter.facts.get("quantize") or NONE)
     if storage == NONE:
         return None
-    file = beside(job.adapter.path)
+    file = kept_base(job)
     if job.adapter.facts.get(CALIBRATED) and file is None:
         console.warn(
-            t("{file} is not beside the adapter; it is added to the exact weights", file=FILE)
+            t(
+                "the weights it was trained on, {file}, are not here; it is added to the exact ones",
+                file=FILE,
+            )
         )
         return None
     trained = tuned_logits(job, prompts, storage)
@@ -69,9 +73,17 @@ def choose(job: Merging, prompts: Sequence[Sequence[int]]) -> Choice | None:
     return Choice(storage, "full" if full else "dequantized", *gaps)
 
 
+def kept_base(job: Merging) -> Path | None:
+    """The file with the weights that the adapter was trained on, if they were rounded to texts and
+    the base is still the one that they were rounded from."""
+    facts = job.adapter.facts
+    fitting = facts.get(CALIBRATED) and facts.get("base_digest") == job.base.digest()
+    return beside(job.adapter.path) if fitting else None
+
+
 def tuned_logits(job: Merging, prompts: Sequence[Sequence[int]], storage: str) -> Logits:
     """Logits of base + adapter as PEFT computes them, the base stored as `storage` says."""
-    rounded = beside(job.adapter.path) if storage != NONE else None
+    rounded = kept_base(job) if storage != NONE else None
     base = load_model(
         job.base.path, torch.float32, quantize=storage, positions=job.positions, rounded=rounded
     )

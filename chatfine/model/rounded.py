@@ -20,8 +20,9 @@ from chatfine.model.frozen import FrozenLinear, frozen_linears
 from chatfine.model.storages import STORAGES
 
 
-def write_rounded(model: Any, file: Path) -> None:
-    """Write the codes and scales of all packed linears; the file is whole or not there."""
+def write_rounded(model: Any, file: Path, made_of: str = "") -> None:
+    """Write the codes and scales of all packed linears; the file is whole or not there. `made_of`
+    tells which weights were rounded to which texts."""
     from safetensors.torch import save_file
 
     names = {module: name for name, module in model.named_modules()}
@@ -31,9 +32,22 @@ def write_rounded(model: Any, file: Path) -> None:
         tensors[f"{names[linear]}.weight"] = linear.weight.detach().contiguous()
         tensors[f"{names[linear]}.scales"] = linear.scales.detach().contiguous()
     staged = file.with_name(f".{file.name}")
-    save_file(tensors, staged, metadata={"format": "pt", "storage": storage})
+    save_file(tensors, staged, metadata={"format": "pt", "storage": storage, "made_of": made_of})
     staged.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes for its owner alone
     os.replace(staged, file)
+
+
+def made_of(file: Path) -> str:
+    """What `write_rounded` was told.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as stream:
+            return str((stream.metadata() or {}).get("made_of", ""))
+    except (SafetensorError, OSError) as error:
+        raise _unfit(file, str(error)) from None
 
 
 def fill_rounded(packed: Mapping[str, FrozenLinear], file: Path, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from chatfine import console
@@ -12,7 +13,7 @@ from chatfine.errors import ResourceError
 from chatfine.hub.rounded import FILE
 from chatfine.i18n import t
 from chatfine.model.load import load_model
-from chatfine.model.rounded import write_rounded
+from chatfine.model.rounded import made_of, write_rounded
 from chatfine.model.rounding import CALIBRATED
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) ->
     path, dtype = prepared.model.path, decisions.torch_dtype
     if not decisions.calibrate:
         return load_model(path, dtype, device, decisions.quantize, prepared.positions)
-    if file.is_file():
+    # settings may change before the first checkpoint, and with them the texts
+    key = f"{prepared.model.digest()} {prepared.data.report.fingerprint}"
+    if file.is_file() and made_of(file) == key:
         return load_model(path, dtype, device, decisions.quantize, prepared.positions, rounded=file)
     most = TOKENS if device.type == "cuda" else CPU_TOKENS
     model = _calibrated(prepared, decisions, device, most)
@@ -69,7 +72,7 @@ def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) ->
             why=t("for that one layer is computed exactly, over thousands of tokens"),
             fix="--calibrate off",
         )
-    write_rounded(model, file)
+    write_rounded(model, file, key)
     return model
 
 
@@ -99,12 +102,12 @@ def calibration_texts(prepared: Prepared, tokens: int) -> Batch:
     The same ones whatever the seed, so that runs with other seeds share a base.
     """
     parts = prepared.data.train
-    places = [(part, at) for part in parts for at in range(len(part))]
+    firsts = np.cumsum([0, *(len(part) for part in parts)])
     chosen: list[Example] = []
     room = tokens
-    for number in permutation(len(places), 0).tolist():
-        part, at = places[number]
-        example = part[at]
+    for number in permutation(int(firsts[-1]), 0):
+        place = int(np.searchsorted(firsts, number, side="right")) - 1
+        example = parts[place][int(number - firsts[place])]
         room -= len(example.ids)
         if chosen and room < 0:
             break

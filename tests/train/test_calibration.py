@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from chatfine.commands.opened import open_source
 from chatfine.config import ResumeConfig, TrainConfig
@@ -19,8 +20,10 @@ from chatfine.export.merge import merge
 from chatfine.hub.rounded import FILE
 from chatfine.model.frozen import FrozenLinear, frozen_linears
 from chatfine.model.load import load_model
+from chatfine.model.rounded import made_of
 from chatfine.train import calibration
-from chatfine.train.calibration import calibration_texts
+from chatfine.train.calibration import calibration_texts, load_base
+from chatfine.train.decisions import Decisions
 from chatfine.train.prepare import prepare
 from chatfine.train.run import resume, train
 
@@ -75,6 +78,31 @@ def test_the_base_is_kept_and_everything_later_goes_on_with_it(
     assert open_source(str(calibrated)).storage("auto") == "none"
     assert FILE in capsys.readouterr().out
     assert merge(tiny, calibrated / "adapter", tmp_path / "again", None, prompts).quantized is None
+
+
+def test_another_base_takes_no_weights_of_the_trained_one(
+    calibrated: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """Shapes fit, weights do not."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    weights = {k: v * 1.5 for k, v in load_file(tiny / "model.safetensors").items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    opened = open_source(str(calibrated), str(other))
+    assert opened.rounded("nf4") is None
+    assert opened.storage("auto") == "none"
+    prompts = [[3, 4, 5, 6]]
+    found = merge(other, calibrated / "adapter", tmp_path / "merged", None, prompts)
+    assert found.quantized is None
+
+
+def test_other_texts_are_rounded_to_anew(configure: Configure, calibrated: Path) -> None:
+    prepared = prepare(configure(output=str(calibrated.with_name("new")), dataset="dialogs"))
+    prepared = replace(prepared, run=calibrated)
+    decided = Decisions("cpu", "float32", 1, 1, False, 0, quantize="nf4", calibrate=True)
+    before = made_of(calibrated / FILE)
+    load_base(prepared, decided, torch.device("cpu"))
+    assert made_of(calibrated / FILE) != before
 
 
 def test_going_on_reads_the_base_again_and_learns_the_same(

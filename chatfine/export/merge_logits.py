@@ -57,11 +57,9 @@ def choose(job: Merging, prompts: Sequence[Sequence[int]]) -> Choice | None:
     file = kept_base(job)
     if job.adapter.facts.get(CALIBRATED) and file is None:
         console.warn(
-            t(
-                "the weights it was trained on, {file}, are not here; it is added to the exact ones",
-                file=FILE,
-            )
-        )
+            t("the weights it was trained on, {file}, are not here; it is added to the exact "
+              "ones", file=FILE)
+        )  # fmt: skip
         return None
     trained = tuned_logits(job, prompts, storage)
     rounded = Rounded(storage, packed_names(job.base.path), file)

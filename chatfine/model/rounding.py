@@ -11,7 +11,6 @@ squared error, each column weighted by the size of its inputs.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -120,16 +119,13 @@ def round_together(
     whole = torch.cat([weight.to(moments.device, torch.float32) for weight in weights])
     grid = GRIDS[storage](whole, moments.diagonal())
     codes = _round_columns(whole, moments, grid)
-    ends = list(itertools.accumulate(len(weight) for weight in weights))
-    packed = grid.packed(codes)
-    return [
-        tuple(part[end - len(weight) : end].clone() for part in packed)
-        for weight, end in zip(weights, ends, strict=True)
-    ]
+    sizes = [len(weight) for weight in weights]
+    shares = (torch.split(one, sizes) for one in grid.packed(codes))
+    return [tuple(one.clone() for one in share) for share in zip(*shares, strict=True)]
 
 
 def _round_columns(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The codes (out, in); `weight` is used up."""
+    """The codes (out, in)."""
     order = moments.diagonal().argsort(descending=True)
     factor = _factor(moments[order][:, order])
     weight = weight[:, order]

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from chatfine.model.fp8 import E4M3, E4M3_MAX, round_rows
+from chatfine.model.rounding_kernels import block_kernel
 from chatfine.model.storages import FP8_ROOM, NF4_BLOCK, NF4_LEVELS, Packed
 
 CALIBRATED = ("fp8", "nf4")
@@ -26,12 +27,24 @@ DAMPING = 0.01
 """Part of the mean second moment that is added to each: without it a few inputs would decide."""
 COLUMNS = 128
 """Columns rounded before the rest of the weight hears of them."""
+ROWS = 16
+"""Of which one program rounds the columns."""
 SHRINK = (0.6, 1.0, 17)
 """Tried scales of a block, in parts of its largest magnitude: from, to, how many."""
 
 
 class Grid(Protocol):
-    """The numbers that a weight (out, in) can be rounded to."""
+    """The numbers that a weight (out, in) can be rounded to.
+
+    Attributes:
+        scales: (out, groups) float32.
+        width: columns that share a scale.
+        levels: (n,) float32 in rising order, of which a code is the number; None for e4m3.
+    """
+
+    scales: torch.Tensor
+    width: int
+    levels: torch.Tensor | None
 
     def nearest(self, column: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and values (out,) float32 nearest to `column` (out,), which is number `at`."""
@@ -47,6 +60,8 @@ class Fp8Grid:
 
     def __init__(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
         self.scales = round_rows(weight, FP8_ROOM)[1]  # (out, 1)
+        self.width = weight.shape[1]
+        self.levels: torch.Tensor | None = None
 
     def nearest(self, column: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Grid.nearest`."""
@@ -68,8 +83,10 @@ class NF4Grid:
     """
 
     def __init__(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
-        self.levels = torch.tensor(NF4_LEVELS, device=weight.device)
-        self.between = (self.levels[1:] + self.levels[:-1]) / 2
+        self.width = NF4_BLOCK
+        self._table = torch.tensor(NF4_LEVELS, device=weight.device)
+        self.levels: torch.Tensor | None = self._table
+        self._between = between(self._table)
         fill = -weight.shape[1] % NF4_BLOCK
         blocks = F.pad(weight, (0, fill)).view(len(weight), -1, NF4_BLOCK)
         counts = F.pad(importance, (0, fill)).view(1, -1, NF4_BLOCK)
@@ -79,7 +96,7 @@ class NF4Grid:
         largest = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)
         best, least = largest, torch.full_like(largest, torch.inf)
         for part in torch.linspace(*SHRINK).tolist():
-            level = self.levels[torch.bucketize(blocks / (largest * part), self.between)]
+            level = self._table[torch.bucketize(blocks / (largest * part), self._between)]
             # of these codes the scale with the smallest weighted error
             scale = (counts * blocks * level).sum(-1, keepdim=True)
             scale = scale / (counts * level.square()).sum(-1, keepdim=True).clamp(min=1e-30)
@@ -91,8 +108,8 @@ class NF4Grid:
     def nearest(self, column: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Grid.nearest`."""
         scales = self.scales[:, at // NF4_BLOCK]
-        codes = torch.bucketize(column / scales, self.between)
-        return codes.to(torch.uint8), self.levels[codes] * scales
+        codes = torch.bucketize(column / scales, self._between)
+        return codes.to(torch.uint8), self._table[codes] * scales
 
     def packed(self, codes: torch.Tensor) -> Packed:
         """See `Grid.packed`; the first of two codes is in the high bits."""
@@ -100,6 +117,11 @@ class NF4Grid:
         pairs = F.pad(codes, (0, -codes.shape[1] % NF4_BLOCK), value=zero).view(len(codes), -1, 2)
         scales = self.scales.contiguous().view(torch.uint8)
         return (pairs[..., 0] << 4) | pairs[..., 1], scales
+
+
+def between(levels: torch.Tensor) -> torch.Tensor:
+    """Where the nearest level changes, (n − 1,) of (n,)."""
+    return (levels[1:] + levels[:-1]) / 2
 
 
 GRIDS: dict[str, Callable[[torch.Tensor, torch.Tensor], Grid]] = {"fp8": Fp8Grid, "nf4": NF4Grid}
@@ -130,18 +152,54 @@ def _round_columns(weight: torch.Tensor, moments: torch.Tensor, grid: Grid) -> t
     factor = _factor(moments[order][:, order])
     weight = weight[:, order]
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    places = order.tolist()
-    for start in range(0, len(places), COLUMNS):
-        end = min(start + COLUMNS, len(places))
-        block, inside = weight[:, start:end], factor[start:end, start:end]
-        errors = torch.empty_like(block)
-        for j, place in enumerate(places[start:end]):
-            column = block[:, j]
-            codes[:, place], value = grid.nearest(column, place)
-            errors[:, j] = (column - value) / inside[j, j]
-            block[:, j + 1 :].addr_(errors[:, j], inside[j, j + 1 :], alpha=-1)
+    for start in range(0, len(order), COLUMNS):
+        end = min(start + COLUMNS, len(order))
+        places, inside = order[start:end], factor[start:end, start:end].contiguous()
+        codes[:, places], errors = round_block(weight[:, start:end], inside, places, grid)
         weight[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
     return codes
+
+
+def round_block(
+    block: torch.Tensor, inside: torch.Tensor, places: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns that hear of each other at once.
+
+    Args:
+        block: (out, n) float32.
+        inside: (n, n), their part of the factor.
+        places: (n,), where in the weight they are.
+        grid: of the whole weight.
+
+    Returns:
+        Codes (out, n), and what each column's rounding costs (out, n) in units of the factor.
+    """
+    program = block_kernel() if block.is_cuda else None
+    if program is None:
+        return _plain_block(block.clone(), inside, places, grid)
+    (rows, width), groups = block.shape, grid.scales.shape[1]
+    block = block.contiguous()
+    codes = torch.empty(rows, width, dtype=torch.uint8, device=block.device)
+    errors = torch.empty_like(block)
+    levels = grid.scales[0, :0] if grid.levels is None else grid.levels
+    program[(-(-rows // ROWS),)](
+        block, inside, grid.scales.contiguous(), places // grid.width, levels, between(levels),
+        codes, errors, rows, width, groups,
+        LEVELS=len(levels), ROWS=ROWS, BLOCK=max(16, 1 << (width - 1).bit_length()),
+    )  # fmt: skip
+    return codes, errors
+
+
+def _plain_block(
+    block: torch.Tensor, inside: torch.Tensor, places: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, errors = torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block)
+    for j, place in enumerate(places.tolist()):
+        column = block[:, j]
+        codes[:, j], value = grid.nearest(column, place)
+        errors[:, j] = (column - value) / inside[j, j]
+        block[:, j + 1 :].addr_(errors[:, j], inside[j, j + 1 :], alpha=-1)
+    return codes, errors
 
 
 def _factor(moments: torch.Tensor) -> torch.Tensor:

@@ -9,12 +9,14 @@ import torch
 
 from chatfine.data.batches import collate
 from chatfine.errors import ModelError
+from chatfine.model import rounding
 from chatfine.model.fast import loss_sum
 from chatfine.model.frozen import frozen_linears
 from chatfine.model.load import load_model
 from chatfine.model.rounded import read_rounded, write_rounded
-from chatfine.model.rounding import CALIBRATED, round_together
+from chatfine.model.rounding import CALIBRATED, GRIDS, round_block, round_together
 from chatfine.model.storages import STORAGES
+from chatfine.runtime import fp8_works
 from chatfine.types import Batch, Example
 
 
@@ -124,3 +126,25 @@ def test_what_was_rounded_is_kept_and_read_again(tiny: Path, tmp_path: Path, nam
     with pytest.raises(ModelError) as caught:
         load_model(tiny, torch.float32, quantize=name, rounded=file)
     assert caught.value.code == "rounded-unfit"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize(("rows", "width"), [(37, 100), (16, 128), (3, 7)])
+def test_the_program_for_a_block_is_its_twin(name: str, rows: int, width: int) -> None:
+    if name == "fp8" and not fp8_works(torch.device("cuda")):
+        pytest.skip("needs a card with fp8 products")
+    (weight,) = weights((rows, 200))
+    x = inputs(600, 200)
+    moments = x.t() @ x
+    grid = GRIDS[name](weight.cuda(), moments.diagonal().cuda())
+    places = moments.diagonal().argsort(descending=True)[:width].cuda()
+    inside = (torch.eye(width) + 0.1 * torch.rand(width, width).triu(1)).cuda()
+    block = weight.cuda()[:, places]
+    wanted = rounding._plain_block(block.clone(), inside, places, grid)
+    codes, errors = round_block(block, inside, places, grid)
+    rounded_alike = codes == wanted[0]  # but where a number lies between two levels
+    assert rounded_alike.float().mean() > 0.99
+    alike = rounded_alike.all(1)
+    assert alike.float().mean() > 0.8
+    torch.testing.assert_close(errors[alike], wanted[1][alike], rtol=1e-3, atol=1e-6)

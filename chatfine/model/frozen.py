@@ -160,8 +160,8 @@ def keep_turned(model: nn.Module) -> None:
             linear.keep_turned()
 
 
-def multiply_in_fp8(model: nn.Module) -> None:
-    """Let all nf4 weights of `model` be unpacked to 8-bit floats and multiplied as those."""
+def choose_products(model: nn.Module, fp8: bool) -> None:
+    """Let all nf4 weights of `model` be multiplied as 8-bit floats in training, or exactly."""
+    others = {"nf4": "nf4-fp8"} if fp8 else {"nf4-e4m3": "nf4-e4m3-exact"}
     for linear in frozen_linears(model):
-        if linear.storage.name == "nf4":
-            linear.storage = STORAGES["nf4-fp8"]
+        linear.storage = STORAGES[others.get(linear.storage.name, linear.storage.name)]

@@ -18,7 +18,7 @@ from torch import nn
 
 from chatfine.model.fp8 import multiplies_fp8
 from chatfine.model.frozen import FrozenLinear
-from chatfine.model.storages import PLAIN, STORAGES, Fp8, Packed, Storage, unpacked_again
+from chatfine.model.storages import EXACT, PLAIN, STORAGES, Packed, Storage, unpacked_again
 
 
 def install(model: nn.Module) -> int:
@@ -56,7 +56,7 @@ def on_fp8(model: nn.Module) -> list[Any]:
         base = getattr(module, "base_layer", None)
         if isinstance(base, FrozenLinear) and hasattr(module, "fused_adapter"):
             probe = torch.empty(0, dtype=base.compute_dtype, device=base.weight.device)
-            if isinstance(base.storage, Fp8) and multiplies_fp8(
+            if base.storage.name in EXACT and multiplies_fp8(
                 probe, base.out_features, base.in_features
             ):
                 found.append(module)

@@ -64,13 +64,17 @@ def fill_rounded(packed: Mapping[str, FrozenLinear], file: Path, device: torch.d
     try:
         with safe_open(str(file), framework="pt") as stream:
             stored = (stream.metadata() or {}).get("storage")
+            storage = STORAGES.get(str(stored))
             for name, linear in packed.items():
                 both = (name, f"{name.removesuffix('weight')}scales")
                 found = tuple(stream.get_tensor(one).to(device, copy=True) for one in both)
-                shapes = (linear.weight.shape, linear.scales.shape)
-                if stored != linear.storage.name or tuple(one.shape for one in found) != shapes:
+                alike = tuple(one.shape for one in found) == (
+                    linear.weight.shape, linear.scales.shape
+                )  # fmt: skip
+                if storage is None or storage.layout != linear.storage.layout or not alike:
                     raise _unfit(file, t("it holds another model, or the model stored as {storage}",
                                          storage=stored))  # fmt: skip
+                linear.storage = storage
                 linear.take(found)
     except (SafetensorError, OSError) as error:
         raise _unfit(file, str(error)) from None

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 
 from chatfine.model.fp8 import E4M3, E4M3_MAX, round_rows
 from chatfine.model.rounding_kernels import block_kernel
-from chatfine.model.storages import FP8_ROOM, NF4_BLOCK, NF4_LEVELS, Packed
+from chatfine.model.storages import FP8_ROOM, NF4_BLOCK, NF4_LEVELS, NF4E4m3, Packed
 
 CALIBRATED = ("fp8", "nf4")
 """Storages that gain by it; int8 rounds so little that nothing is left to gain."""
 DAMPING = 0.01
-"""Part of the mean second moment that is added to each: without it a few inputs would decide."""
+"""Part of each second moment that is added to it, and a hundredth of that of their mean: what few
+tokens say of the inputs would be taken for certain without it."""
 COLUMNS = 128
 """Columns rounded before the rest of the weight hears of them."""
 ROWS = 16
@@ -40,11 +41,13 @@ class Grid(Protocol):
         scales: (out, groups) float32.
         width: columns that share a scale.
         levels: (n,) float32 in rising order, of which a code is the number; None for e4m3.
+        units: (out,) float32, in which levels times scales are e4m3 numbers; None if they are not.
     """
 
     scales: torch.Tensor
     width: int
     levels: torch.Tensor | None
+    units: torch.Tensor | None
 
     def nearest(self, column: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and values (out,) float32 nearest to `column` (out,), which is number `at`."""
@@ -62,6 +65,7 @@ class Fp8Grid:
         self.scales = round_rows(weight, FP8_ROOM)[1]  # (out, 1)
         self.width = weight.shape[1]
         self.levels: torch.Tensor | None = None
+        self.units: torch.Tensor | None = None
 
     def nearest(self, column: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Grid.nearest`."""
@@ -91,6 +95,7 @@ class NF4Grid:
         blocks = F.pad(weight, (0, fill)).view(len(weight), -1, NF4_BLOCK)
         counts = F.pad(importance, (0, fill)).view(1, -1, NF4_BLOCK)
         self.scales = self._best_scales(blocks, counts)  # (out, blocks)
+        self.units: torch.Tensor | None = None
 
     def _best_scales(self, blocks: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         largest = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-30)
@@ -109,7 +114,10 @@ class NF4Grid:
         """See `Grid.nearest`."""
         scales = self.scales[:, at // NF4_BLOCK]
         codes = torch.bucketize(column / scales, self._between)
-        return codes.to(torch.uint8), self._table[codes] * scales
+        if self.units is None:
+            return codes.to(torch.uint8), self._table[codes] * scales
+        near = (self._table[codes] * (scales / self.units)).to(E4M3)
+        return codes.to(torch.uint8), near.float() * self.units
 
     def packed(self, codes: torch.Tensor) -> Packed:
         """See `Grid.packed`; the first of two codes is in the high bits."""
@@ -119,12 +127,24 @@ class NF4Grid:
         return (pairs[..., 0] << 4) | pairs[..., 1], scales
 
 
+class NF4E4m3Grid(NF4Grid):
+    """The same levels and scales, of which e4m3 numbers are made, as of `storages.NF4E4m3`."""
+
+    def __init__(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
+        super().__init__(weight, importance)
+        storage = NF4E4m3()
+        codes = torch.empty(len(weight), 0, dtype=torch.uint8, device=weight.device)
+        self.units = storage.fp8_scales((codes, self.scales.contiguous().view(torch.uint8)))[:, 0]
+
+
 def between(levels: torch.Tensor) -> torch.Tensor:
     """Where the nearest level changes, (n − 1,) of (n,)."""
     return (levels[1:] + levels[:-1]) / 2
 
 
-GRIDS: dict[str, Callable[[torch.Tensor, torch.Tensor], Grid]] = {"fp8": Fp8Grid, "nf4": NF4Grid}
+GRIDS: dict[str, Callable[[torch.Tensor, torch.Tensor], Grid]] = {
+    "fp8": Fp8Grid, "nf4": NF4Grid, "nf4-e4m3": NF4E4m3Grid,
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -136,7 +156,7 @@ def round_together(
     Args:
         weights: in any float format.
         moments: Xᵀ X (in, in) float32 of their inputs X.
-        storage: a name in `CALIBRATED`.
+        storage: a name in `GRIDS`.
     """
     whole = torch.cat([weight.to(moments.device, torch.float32) for weight in weights])
     grid = GRIDS[storage](whole, moments.diagonal())
@@ -181,11 +201,12 @@ def round_block(
     block = block.contiguous()
     codes = torch.empty(rows, width, dtype=torch.uint8, device=block.device)
     errors = torch.empty_like(block)
-    levels = grid.scales[0, :0] if grid.levels is None else grid.levels
+    levels = block[0, :0] if grid.levels is None else grid.levels
     program[(-(-rows // ROWS),)](
         block, inside, grid.scales.contiguous(), places // grid.width, levels, between(levels),
-        codes, errors, rows, width, groups,
-        LEVELS=len(levels), ROWS=ROWS, BLOCK=max(16, 1 << (width - 1).bit_length()),
+        block if grid.units is None else grid.units, codes, errors, rows, width, groups,
+        LEVELS=len(levels), UNITS=grid.units is not None, ROWS=ROWS,
+        BLOCK=max(16, 1 << (width - 1).bit_length()),
     )  # fmt: skip
     return codes, errors
 
@@ -207,7 +228,7 @@ def _factor(moments: torch.Tensor) -> torch.Tensor:
     diagonal = moments.diagonal()
     # an input that never was has no say, and its column is rounded as it is
     diagonal[diagonal == 0] = diagonal.mean().clamp(min=1e-30)
-    step = DAMPING * diagonal.mean()
+    step = DAMPING * (diagonal + diagonal.mean() / 100)
     for _ in range(8):
         diagonal += step
         lower: torch.Tensor

@@ -26,12 +26,13 @@ def block_kernel() -> Any:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def block(  # type: ignore[no-untyped-def]
-        weight, inside, scales, owners, levels, between, codes, errors, rows, width, groups,
-        LEVELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        weight, inside, scales, owners, levels, between, units, codes, errors, rows, width, groups,
+        LEVELS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         column = tl.arange(0, BLOCK)
         there = row < rows
+        unit = tl.load(units + row, mask=there, other=1.0) if UNITS else 1.0
         left = tl.load(
             weight + row[:, None] * width + column[None, :],
             mask=there[:, None] & (column < width)[None, :], other=0.0,
@@ -44,7 +45,10 @@ def block_kernel() -> Any:
                 code = tl.zeros([ROWS], tl.int32)
                 for k in tl.static_range(LEVELS - 1):
                     code += (part > tl.load(between + k)).to(tl.int32)
-                value = tl.load(levels + code) * scale
+                value = tl.load(levels + code) * (scale / unit)
+                if UNITS:
+                    value = value.to(tl.float8e4nv).to(tl.float32)
+                value *= unit
                 tl.store(codes + row * width + j, code.to(tl.uint8), mask=there)
             else:
                 near = tl.minimum(tl.maximum(part, -largest), largest).to(tl.float8e4nv)

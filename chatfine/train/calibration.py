@@ -25,6 +25,8 @@ TOKENS = 32_768
 """Tokens of the texts, at most: a linear has up to some ten thousand inputs to be told apart."""
 CPU_TOKENS = 8_192
 """On a CPU: more would take longer than a beginner waits."""
+FOR_FP8 = {"nf4": "nf4-e4m3"}
+"""What is rounded instead where the weight is multiplied as 8-bit floats."""
 WORTH = 500
 """Calibrating pays in a run that reads so many times these tokens: an H200 takes two minutes for
 7B, and learns from a hundred times these tokens meanwhile."""
@@ -89,8 +91,11 @@ def _calibrated(
             console.say(t("  layer {n} of {m}", n=done, m=layers))
 
     path, kind = prepared.model.path, decisions.torch_dtype
+    storage = decisions.quantize
+    if decisions.fp8_products:
+        storage = FOR_FP8.get(storage, storage)
     try:
-        return load_model(path, kind, device, decisions.quantize, prepared.positions, texts=texts,
+        return load_model(path, kind, device, storage, prepared.positions, texts=texts,
                           report=report)  # fmt: skip
     except torch.OutOfMemoryError:
         return None

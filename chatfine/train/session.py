@@ -122,8 +122,7 @@ class Session:
         documents.check(model)
         if self.decisions.second_copy:
             frozen.keep_turned(model)
-        if self.decisions.fp8_products:
-            frozen.multiply_in_fp8(model)
+        frozen.choose_products(model, self.decisions.fp8_products)
         model = self._attach(model)
         most = self.batches.most_documents
         self.measure = steps.loss_model(model, self.prepared, self.decisions, self.shapes, most)

@@ -129,22 +129,23 @@ def test_what_was_rounded_is_kept_and_read_again(tiny: Path, tmp_path: Path, nam
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize(("rows", "width"), [(37, 100), (16, 128), (3, 7)])
 def test_the_program_for_a_block_is_its_twin(name: str, rows: int, width: int) -> None:
-    if name == "fp8" and not fp8_works(torch.device("cuda")):
+    if name != "nf4" and not fp8_works(torch.device("cuda")):
         pytest.skip("needs a card with fp8 products")
     (weight,) = weights((rows, 200))
     x = inputs(600, 200)
-    moments = x.t() @ x
-    grid = GRIDS[name](weight.cuda(), moments.diagonal().cuda())
-    places = moments.diagonal().argsort(descending=True)[:width].cuda()
-    inside = (torch.eye(width) + 0.1 * torch.rand(width, width).triu(1)).cuda()
+    moments = (x.t() @ x).cuda()
+    grid = GRIDS[name](weight.cuda(), moments.diagonal())
+    order = moments.diagonal().argsort(descending=True)
+    inside = rounding._factor(moments[order][:, order])[:width, :width].contiguous()
+    places = order[:width]
     block = weight.cuda()[:, places]
     wanted = rounding._plain_block(block.clone(), inside, places, grid)
     codes, errors = round_block(block, inside, places, grid)
-    rounded_alike = codes == wanted[0]  # but where a number lies between two levels
-    assert rounded_alike.float().mean() > 0.99
-    alike = rounded_alike.all(1)
-    assert alike.float().mean() > 0.8
+    # where a number lies between two levels the rest of its row may differ
+    alike = (codes == wanted[0]).all(1)
+    assert alike.float().mean() > 0.6
     torch.testing.assert_close(errors[alike], wanted[1][alike], rtol=1e-3, atol=1e-6)
+    assert float(errors.square().sum() / wanted[1].square().sum()) == pytest.approx(1, abs=0.05)

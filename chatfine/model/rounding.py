@@ -204,7 +204,8 @@ def round_block(
     levels = block[0, :0] if grid.levels is None else grid.levels
     program[(-(-rows // ROWS),)](
         block, inside, grid.scales.contiguous(), places // grid.width, levels, between(levels),
-        block if grid.units is None else grid.units, codes, errors, rows, width, groups,
+        block if grid.units is None else grid.units,
+        codes.view(E4M3) if grid.levels is None else codes, errors, rows, width, groups,
         LEVELS=len(levels), UNITS=grid.units is not None, ROWS=ROWS,
         BLOCK=max(16, 1 << (width - 1).bit_length()),
     )  # fmt: skip

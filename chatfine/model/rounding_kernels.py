@@ -53,7 +53,7 @@ def block_kernel() -> Any:
             else:
                 near = tl.minimum(tl.maximum(part, -largest), largest).to(tl.float8e4nv)
                 value = near.to(tl.float32) * scale
-                tl.store(codes + row * width + j, near.to(tl.uint8, bitcast=True), mask=there)
+                tl.store(codes + row * width + j, near, mask=there)
             share = tl.load(inside + j * width + column, mask=column < width, other=0.0)
             error = (now - value) / tl.load(inside + j * width + j)
             tl.store(errors + row * width + j, error, mask=there)

@@ -28,6 +28,9 @@ from chatfine.types import Batch
 Report = Callable[[int, int], None]
 PIECE = 4096
 """Tokens whose second moments are added up at a time."""
+CORRECTED = ("nf4",)
+"""Layouts whose weights are corrected before they are rounded; of fp8's small errors nothing is
+left to gain."""
 SAMPLE = 512
 """Tokens that tell which linears' answers are added to the stream."""
 
@@ -106,9 +109,9 @@ def _calibrated(
 ) -> Any:
     """What the layer answers to `states` after its weights have been rounded."""
     weights = {one: stored[one].read().to(states.device) for one in frozen_linears(layer)}
-    moved, missing = _Pass(weights), {}
-    if streams.exact is None:  # nothing has been rounded yet
-        exact, streams.exact = None, moved.run(forward, states, *args, **kwargs)
+    moved, exact, missing = _Pass(weights), None, {}
+    if streams.exact is None or not any(one.storage.layout in CORRECTED for one in weights):
+        streams.exact = moved.run(forward, states, *args, **kwargs)  # nothing to compare with
     else:
         exact, before = _Pass(weights), streams.exact
         streams.exact = exact.run(forward, before, *args, **kwargs)
@@ -169,7 +172,7 @@ class _Pass:
 
     def take(self, group: Sequence[FrozenLinear]) -> torch.Tensor:
         """All that a group has read (N, in); it is let go."""
-        found, *_ = [self.inputs.pop(linear) for linear in group]
+        found, *_ = [self.inputs.pop(linear, []) for linear in group]
         return torch.cat([one.reshape(-1, one.shape[-1]) for one in found])
 
 

@@ -21,15 +21,17 @@ if TYPE_CHECKING:
     from chatfine.train.prepare import Prepared
     from chatfine.types import Batch, Example
 
-TOKENS = 32_768
+TOKENS = 131_072
 """Tokens of the texts, at most: a linear has up to some ten thousand inputs to be told apart."""
 CPU_TOKENS = 8_192
 """On a CPU: more would take longer than a beginner waits."""
+FEWER = (1, 4, 16)
+"""If that does not fit into the memory: parts of these tokens, tried in turn."""
 FOR_FP8 = {"nf4": "nf4-e4m3"}
 """What is rounded instead where the weight is multiplied as 8-bit floats."""
-WORTH = 500
-"""Calibrating pays in a run that reads so many times these tokens: an H200 takes two minutes for
-7B, and learns from a hundred times these tokens meanwhile."""
+WORTH = 8_000_000
+"""Tokens of a run from which calibrating pays: an H200 reads as many of a 7B model in five minutes,
+and rounds it in less than one."""
 
 
 def calibrates(prepared: Prepared, decisions: Decisions, tokens: float) -> bool:
@@ -48,7 +50,7 @@ def calibrates(prepared: Prepared, decisions: Decisions, tokens: float) -> bool:
         )  # fmt: skip
     if wanted != "auto":
         return possible and wanted == "on"
-    return possible and decisions.device == "cuda" and tokens >= WORTH * TOKENS
+    return possible and decisions.device == "cuda" and tokens >= WORTH
 
 
 def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) -> Any:
@@ -63,10 +65,12 @@ def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) ->
     if file.is_file() and made_of(file) == key:
         return load_model(path, dtype, device, decisions.quantize, prepared.positions, rounded=file)
     most = TOKENS if device.type == "cuda" else CPU_TOKENS
-    model = _calibrated(prepared, decisions, device, most)
-    if model is None:  # what it held is free again
-        torch.cuda.empty_cache()
-        model = _calibrated(prepared, decisions, device, most // 8)
+    model = None
+    for part in FEWER:
+        model = _calibrated(prepared, decisions, device, most // part)
+        if model is not None:
+            break
+        torch.cuda.empty_cache()  # what it held is free again
     if model is None:
         raise ResourceError(
             "calibration-memory",

@@ -11,11 +11,11 @@ from chatfine.data.batches import collate
 from chatfine.errors import ModelError
 from chatfine.model import rounding
 from chatfine.model.fast import loss_sum
-from chatfine.model.frozen import frozen_linears
+from chatfine.model.frozen import choose_products, frozen_linears
 from chatfine.model.load import load_model
 from chatfine.model.rounded import read_rounded, write_rounded
 from chatfine.model.rounding import CALIBRATED, GRIDS, round_block, round_together
-from chatfine.model.storages import STORAGES
+from chatfine.model.storages import EXACT, STORAGES, NF4Fp8
 from chatfine.runtime import fp8_works
 from chatfine.types import Batch, Example
 
@@ -38,7 +38,7 @@ def far(exact: torch.Tensor, rounded: torch.Tensor, x: torch.Tensor) -> float:
     return float((x @ (rounded - exact).t()).norm() / (x @ exact.t()).norm())
 
 
-@pytest.mark.parametrize("name", CALIBRATED)
+@pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("columns", [64, 100, 200])
 def test_answers_are_much_nearer_than_those_of_the_nearest_codes(name: str, columns: int) -> None:
     both = weights((48, columns), (5, columns))
@@ -102,6 +102,45 @@ def test_a_model_rounded_to_texts_says_of_them_what_it_said(tiny: Path, name: st
         gaps = [float((one - logits[0]).norm()) for one in logits[1:]]
         assert torch.isfinite(loss_sum(model, batch))
     assert gaps[1] < 0.8 * gaps[0]
+
+
+@pytest.mark.parametrize("columns", [64, 100])
+def test_the_numbers_of_8_bit_products_are_the_weight_itself(columns: int) -> None:
+    (weight,) = weights((48, columns))
+    x = inputs(600, columns)
+    (packed,) = round_together([weight], x.t() @ x, "nf4-e4m3")
+    storage = STORAGES["nf4-e4m3"]
+    assert isinstance(storage, NF4Fp8)
+    codes, scales = storage.fp8(packed, columns)
+    found = storage.unpack(packed, columns, torch.float32)
+    assert torch.equal(found, codes.float() * scales)
+    exact = STORAGES[EXACT["nf4-e4m3"]]
+    torch.testing.assert_close(exact.product(x, packed, columns), x @ found.t())
+    torch.testing.assert_close(exact.product_back(x[:, :48], packed, columns), x[:, :48] @ found)
+    # rounded without this in mind the same products have two errors
+    (plain,) = round_together([weight], x.t() @ x, "nf4")
+    assert far(weight, found, x) < far(weight, storage.unpack(plain, columns, torch.float32), x)
+    compiled = torch.compile(lambda: storage.unpack(packed, columns, torch.float32))
+    assert torch.equal(compiled(), found)
+
+
+def test_kept_weights_say_how_they_are_stored(tiny: Path, tmp_path: Path) -> None:
+    """A base for 8-bit products is opened by --quantize nf4, wherever it is opened."""
+    model = load_model(tiny, torch.float32, quantize="nf4-e4m3", texts=texts())
+    file = tmp_path / "rounded.safetensors"
+    write_rounded(model, file)
+    again = load_model(tiny, torch.float32, quantize="nf4", rounded=file)
+    for one, other in zip(frozen_linears(model), frozen_linears(again), strict=True):
+        assert other.storage.name == "nf4-e4m3"
+        assert torch.equal(one.dequantize(), other.dequantize())
+        assert other.eval().multiplied == "nf4-e4m3-exact"
+    choose_products(again, fp8=True)
+    assert next(frozen_linears(again)).train().multiplied == "nf4-e4m3"
+    choose_products(again, fp8=False)
+    assert next(frozen_linears(again)).train().multiplied == "nf4-e4m3-exact"
+    plain = load_model(tiny, torch.float32, quantize="nf4")
+    choose_products(plain, fp8=True)
+    assert next(frozen_linears(plain)).train().multiplied == "nf4-fp8"
 
 
 @pytest.mark.parametrize("name", CALIBRATED)

@@ -165,3 +165,10 @@ def choose_products(model: nn.Module, fp8: bool) -> None:
     others = {"nf4": "nf4-fp8"} if fp8 else {"nf4-e4m3": "nf4-e4m3-exact"}
     for linear in frozen_linears(model):
         linear.storage = STORAGES[others.get(linear.storage.name, linear.storage.name)]
+
+
+def multiply_exactly(model: nn.Module) -> None:
+    """Let no packed weight of `model` be multiplied as 8-bit floats, in training neither."""
+    for linear in frozen_linears(model):
+        linear.storage = STORAGES[EXACT.get(linear.storage.name, linear.storage.name)]
+        linear.turned = None

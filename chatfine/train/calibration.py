@@ -12,17 +12,24 @@ from chatfine.data.batches import collate, permutation
 from chatfine.errors import ResourceError
 from chatfine.hub.rounded import FILE
 from chatfine.i18n import t
+from chatfine.model import frozen
 from chatfine.model.load import load_model
 from chatfine.model.rounded import made_of, write_rounded
 from chatfine.model.rounding import CALIBRATED
+from chatfine.runtime import fp8_works
+from chatfine.train.prepare import shapes_of
 
 if TYPE_CHECKING:
     from chatfine.train.decisions import Decisions
+    from chatfine.train.plan import Shapes
     from chatfine.train.prepare import Prepared
     from chatfine.types import Batch, Example
 
 TOKENS = 131_072
-"""Tokens of the texts, at most: a linear has up to some ten thousand inputs to be told apart."""
+"""Tokens of the texts, at most."""
+INPUT_BYTES = 3 * 2**30
+"""What the inputs of a layer's linears may take, those of the exact and of the rounded model: so a
+7B model is rounded to some 34,000 tokens."""
 CPU_TOKENS = 8_192
 """On a CPU: more would take longer than a beginner waits."""
 FEWER = (1, 4, 16)
@@ -30,8 +37,8 @@ FEWER = (1, 4, 16)
 FOR_FP8 = {"nf4": "nf4-e4m3"}
 """What is rounded instead where the weight is multiplied as 8-bit floats."""
 WORTH = 8_000_000
-"""Tokens of a run from which calibrating pays: an H200 reads as many of a 7B model in five minutes,
-and rounds it in less than one."""
+"""Tokens of a run from which calibrating pays: 7B reads as many in five minutes on an H200, and is
+rounded in less than one."""
 
 
 def calibrates(prepared: Prepared, decisions: Decisions, tokens: float) -> bool:
@@ -54,8 +61,24 @@ def calibrates(prepared: Prepared, decisions: Decisions, tokens: float) -> bool:
 
 
 def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) -> Any:
-    """The run's model with its frozen weights as decided; rounded to texts they are kept in the run
-    folder, so that every start goes on with the same ones."""
+    """The run's model with its frozen weights stored and multiplied as decided."""
+    model = _stored(prepared, decisions, device)
+    if decisions.second_copy:
+        frozen.keep_turned(model)
+    frozen.choose_products(model, decisions.fp8_products)
+    # a run that began on another card goes on with the weights it had
+    if decisions.quantize == "fp8" and device.type == "cuda" and not fp8_works(device):
+        console.warn(
+            t("this card does not multiply 8-bit floats: the fp8 weights are unpacked for every "
+              "product, which is slower")
+        )  # fmt: skip
+        frozen.multiply_exactly(model)
+    return model
+
+
+def _stored(prepared: Prepared, decisions: Decisions, device: torch.device) -> Any:
+    """The model; rounded to texts its weights are kept in the run folder, so that every start goes
+    on with the same ones."""
     file = prepared.run / FILE
     path, dtype = prepared.model.path, decisions.torch_dtype
     if not decisions.calibrate:
@@ -64,7 +87,7 @@ def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) ->
     key = f"{prepared.model.digest()} {prepared.data.report.fingerprint}"
     if file.is_file() and made_of(file) == key:
         return load_model(path, dtype, device, decisions.quantize, prepared.positions, rounded=file)
-    most = TOKENS if device.type == "cuda" else CPU_TOKENS
+    most = tokens_of(shapes_of(prepared.model)) if device.type == "cuda" else CPU_TOKENS
     model = None
     for part in FEWER:
         model = _calibrated(prepared, decisions, device, most // part)
@@ -80,6 +103,12 @@ def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) ->
         )
     write_rounded(model, file, key)
     return model
+
+
+def tokens_of(shapes: Shapes) -> int:
+    """Of how many tokens a GPU reads the texts."""
+    inputs = 2 * shapes.hidden + shapes.query + shapes.intermediate  # of a layer, a token's numbers
+    return min(TOKENS, INPUT_BYTES // (2 * 2 * inputs))
 
 
 def _calibrated(

@@ -14,7 +14,7 @@ from chatfine.errors import ModelError
 from chatfine.evaluate.loss import LossResult, evaluate_loss
 from chatfine.hub.folder import resolve_source
 from chatfine.i18n import t
-from chatfine.model import adapters, chunked, documents, fast, frozen, learned_rows, recompute
+from chatfine.model import adapters, chunked, documents, fast, learned_rows, recompute
 from chatfine.runtime import pick_device, set_seed
 from chatfine.train import forecast, machine, steps
 from chatfine.train import plan as planning
@@ -120,9 +120,6 @@ class Session:
     def _load(self) -> Any:
         model = load_base(self.prepared, self.decisions, self.device)
         documents.check(model)
-        if self.decisions.second_copy:
-            frozen.keep_turned(model)
-        frozen.choose_products(model, self.decisions.fp8_products)
         model = self._attach(model)
         most = self.batches.most_documents
         self.measure = steps.loss_model(model, self.prepared, self.decisions, self.shapes, most)

@@ -24,6 +24,7 @@ from chatfine.model.rounded import made_of
 from chatfine.train import calibration
 from chatfine.train.calibration import calibration_texts, load_base
 from chatfine.train.decisions import Decisions
+from chatfine.train.plan import Shapes
 from chatfine.train.prepare import prepare
 from chatfine.train.run import resume, train
 
@@ -149,7 +150,7 @@ def test_fewer_tokens_where_memory_is_short_and_a_word_where_that_is_too_much(
     assert not taken
     settings = {"quantize": "nf4", "calibrate": "on", "max_steps": 1, "overwrite": True}
     train(configure(**settings))
-    assert 400 >= taken[0] > 4 * taken[1] > 0
+    assert 400 >= taken[0] > 100 >= taken[1] > 0
     assert (Path(configure().output) / FILE).is_file()
 
     def full(*args: Any, **kwargs: Any) -> Any:
@@ -174,3 +175,48 @@ def test_where_nothing_is_calibrated(
     assert not (run / FILE).exists()
     assert "calibrated" not in (run / "adapter/chatfine.json").read_text(encoding="utf-8")
     assert ("--calibrate" in capsys.readouterr().out) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "tokens"), [(576, 1536, 131_072), (4096, 11008, 34_568)]
+)
+def test_a_large_model_reads_fewer_tokens(hidden: int, intermediate: int, tokens: int) -> None:
+    shapes = Shapes(1, hidden, intermediate, hidden, hidden, 1, 1, 1, {})
+    assert calibration.tokens_of(shapes) == tokens
+    kept = 2 * 2 * tokens * (3 * hidden + intermediate)  # two passes in bf16
+    assert kept <= calibration.INPUT_BYTES
+
+
+def test_auto_is_for_long_runs_on_a_gpu(configure: Configure) -> None:
+    prepared = prepare(configure(quantize="nf4"))
+    decided = Decisions("cuda", "bfloat16", 1, 1, False, 0, quantize="nf4")
+
+    def auto(tokens: int, **other: Any) -> bool:
+        return calibration.calibrates(prepared, replace(decided, **other), tokens)
+
+    assert auto(8_000_000)
+    assert not auto(7_999_999)
+    assert not auto(8_000_000, device="cpu")
+    assert not auto(8_000_000, processes=2)
+    assert not auto(8_000_000, quantize="int8")
+
+
+def test_an_fp8_run_goes_on_on_a_card_that_does_not_multiply_them(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = prepare(configure(quantize="fp8"))
+    decided = Decisions("cuda", "float32", 1, 1, False, 0, quantize="fp8", second_copy=True)
+
+    def load(path: Path, dtype: torch.dtype, device: torch.device, *args: Any) -> Any:
+        return load_model(path, dtype, "cpu", *args)  # there is no such card here
+
+    monkeypatch.setattr(calibration, "load_model", load)
+    for works, storage in ((True, "fp8"), (False, "fp8-exact")):
+        monkeypatch.setattr(calibration, "fp8_works", lambda device, works=works: works)
+        model = load_base(prepared, decided, torch.device("cuda"))
+        linear = next(frozen_linears(model)).train()
+        assert linear.multiplied == storage
+        assert (linear.turned is not None) == works
+        assert ("8-bit floats" in capsys.readouterr().out) != works
+    x = torch.randn(3, linear.in_features)
+    torch.testing.assert_close(linear(x), x @ linear.dequantize().t())

@@ -183,7 +183,7 @@ def _quantising() -> Iterator[Check]:
 def _loaded_bitsandbytes(version: str) -> Check:
     """Whether bitsandbytes works here: its import alone succeeds even without its library."""
     try:
-        from chatfine.model.storages import bitsandbytes
+        from chatfine.model.bnb import bitsandbytes
 
         library = bitsandbytes().lib
     except (ImportError, OSError, ResourceError) as error:

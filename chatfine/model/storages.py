@@ -32,16 +32,12 @@ kept as a second copy or made on the spot.
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from chatfine.errors import ResourceError
-from chatfine.i18n import t
+from chatfine.model.bnb import bitsandbytes
 from chatfine.model.fp8 import (
     E4M3,
     E4M3_MAX,
@@ -235,10 +231,8 @@ class Fp8(Storage):
         return turned.view(E4M3), packed[1].view(torch.float32)
 
 
-class ExactFp8(Fp8):
-    """`Fp8` whose products are those of the rounded weight: the other factor stays as it is."""
-
-    name = "fp8-exact"
+class _Exact(Storage):
+    """Products of the rounded weight alone: the other factor stays as it is."""
 
     def product(self, x: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
         """See `Storage.product`."""
@@ -247,6 +241,12 @@ class ExactFp8(Fp8):
     def product_back(self, grad: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
         """See `Storage.product_back`."""
         return Storage.product_back(self, grad, packed, in_features)
+
+
+class ExactFp8(_Exact, Fp8):
+    """`Fp8` with exact products."""
+
+    name = "fp8-exact"
 
 
 class NF4Fp8(NF4, Fp8):
@@ -296,18 +296,10 @@ class NF4E4m3(NF4Fp8):
         return (near.to(torch.float32) * scales).to(dtype)
 
 
-class ExactNF4E4m3(NF4E4m3):
-    """`NF4E4m3` whose products are those of its weight: the other factor stays as it is."""
+class ExactNF4E4m3(_Exact, NF4E4m3):
+    """`NF4E4m3` with exact products."""
 
     name = "nf4-e4m3-exact"
-
-    def product(self, x: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
-        """See `Storage.product`."""
-        return Storage.product(self, x, packed, in_features)
-
-    def product_back(self, grad: torch.Tensor, packed: Packed, in_features: int) -> torch.Tensor:
-        """See `Storage.product_back`."""
-        return Storage.product_back(self, grad, packed, in_features)
 
 
 PLAIN = Plain()
@@ -340,30 +332,3 @@ def nf4_values(codes: torch.Tensor, scales: torch.Tensor, in_features: int) -> t
     pair = torch.stack((codes >> 4, codes & 15), -1)  # (out, in / 2, 2)
     blocks = table[pair.int()].view(len(codes), -1, NF4_BLOCK)
     return (blocks * scales[..., None]).view(len(codes), -1)[:, :in_features]
-
-
-@functools.lru_cache(maxsize=4)
-def bitsandbytes(part: str = "functional", flag: str = "--quantize nf4") -> Any:
-    """A part of bitsandbytes (functional, optim); `flag` is what it is needed for.
-
-    Raises:
-        ResourceError: it is not installed, or does not load on this machine.
-    """
-    # on some processors it fetches code from a hub at import if this package is there
-    kernels = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        import bitsandbytes as package
-    except Exception as error:  # a library that finds the wrong CUDA raises anything
-        raise ResourceError(
-            "no-bitsandbytes",
-            t("{flag} needs the package bitsandbytes", flag=flag),
-            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            fix="pip install bitsandbytes",
-        ) from error
-    finally:
-        if kernels is None:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = kernels
-    return getattr(package, part)

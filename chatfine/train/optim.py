@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from chatfine.model.storages import bitsandbytes
+from chatfine.model.bnb import bitsandbytes
 from chatfine.train.distributed import is_slice, own
 from chatfine.train.plan import EIGHT_BIT
 

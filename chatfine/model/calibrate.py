@@ -111,7 +111,8 @@ def _calibrated(
     weights = {one: stored[one].read().to(states.device) for one in frozen_linears(layer)}
     moved, exact, missing = _Pass(weights), None, {}
     if streams.exact is None or not any(one.storage.layout in CORRECTED for one in weights):
-        streams.exact = moved.run(forward, states, *args, **kwargs)  # nothing to compare with
+        # nothing has been rounded yet, or nothing is corrected and nobody asks for it
+        streams.exact = moved.run(forward, states, *args, **kwargs)
     else:
         exact, before = _Pass(weights), streams.exact
         streams.exact = exact.run(forward, before, *args, **kwargs)

@@ -171,4 +171,3 @@ def multiply_exactly(model: nn.Module) -> None:
     """Let no packed weight of `model` be multiplied as 8-bit floats, in training neither."""
     for linear in frozen_linears(model):
         linear.storage = STORAGES[EXACT.get(linear.storage.name, linear.storage.name)]
-        linear.turned = None

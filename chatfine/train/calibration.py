@@ -34,8 +34,6 @@ CPU_TOKENS = 8_192
 """On a CPU: more would take longer than a beginner waits."""
 FEWER = (1, 4, 16)
 """If that does not fit into the memory: parts of these tokens, tried in turn."""
-FOR_FP8 = {"nf4": "nf4-e4m3"}
-"""What is rounded instead where the weight is multiplied as 8-bit floats."""
 WORTH = 8_000_000
 """Tokens of a run from which calibrating pays: 7B reads as many in five minutes on an H200, and is
 rounded in less than one."""
@@ -63,16 +61,17 @@ def calibrates(prepared: Prepared, decisions: Decisions, tokens: float) -> bool:
 def load_base(prepared: Prepared, decisions: Decisions, device: torch.device) -> Any:
     """The run's model with its frozen weights stored and multiplied as decided."""
     model = _stored(prepared, decisions, device)
+    frozen.choose_products(model, decisions.fp8_products)
+    if device.type == "cuda" and not fp8_works(device):
+        # a run that began on another card goes on with the weights it had
+        if decisions.quantize == "fp8":
+            console.warn(
+                t("this card does not multiply 8-bit floats: the fp8 weights are unpacked for "
+                  "every product, which is slower")
+            )  # fmt: skip
+        frozen.multiply_exactly(model)
     if decisions.second_copy:
         frozen.keep_turned(model)
-    frozen.choose_products(model, decisions.fp8_products)
-    # a run that began on another card goes on with the weights it had
-    if decisions.quantize == "fp8" and device.type == "cuda" and not fp8_works(device):
-        console.warn(
-            t("this card does not multiply 8-bit floats: the fp8 weights are unpacked for every "
-              "product, which is slower")
-        )  # fmt: skip
-        frozen.multiply_exactly(model)
     return model
 
 
@@ -124,9 +123,8 @@ def _calibrated(
             console.say(t("  layer {n} of {m}", n=done, m=layers))
 
     path, kind = prepared.model.path, decisions.torch_dtype
-    storage = decisions.quantize
-    if decisions.fp8_products:
-        storage = FOR_FP8.get(storage, storage)
+    # where products take NF4 weights as 8-bit floats, these are what they are rounded to
+    storage = "nf4-e4m3" if decisions.fp8_products else decisions.quantize
     try:
         return load_model(path, kind, device, storage, prepared.positions, texts=texts,
                           report=report)  # fmt: skip

@@ -201,22 +201,30 @@ def test_auto_is_for_long_runs_on_a_gpu(configure: Configure) -> None:
     assert not auto(8_000_000, quantize="int8")
 
 
-def test_an_fp8_run_goes_on_on_a_card_that_does_not_multiply_them(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prepared = prepare(configure(quantize="fp8"))
-    decided = Decisions("cuda", "float32", 1, 1, False, 0, quantize="fp8", second_copy=True)
+@pytest.mark.parametrize(
+    ("quantize", "in_fp8", "exact"), [("fp8", "fp8", "fp8-exact"), ("nf4", "nf4-fp8", "nf4")]
+)
+def test_a_run_goes_on_on_a_card_that_does_not_multiply_8_bit_floats(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    quantize: str, in_fp8: str, exact: str,
+) -> None:  # fmt: skip
+    prepared = prepare(configure(quantize=quantize))
+    decided = Decisions(
+        "cuda", "float32", 1, 1, False, 0, quantize=quantize, second_copy=quantize == "fp8",
+        fp8_products=quantize == "nf4",
+    )  # fmt: skip
 
     def load(path: Path, dtype: torch.dtype, device: torch.device, *args: Any) -> Any:
         return load_model(path, dtype, "cpu", *args)  # there is no such card here
 
     monkeypatch.setattr(calibration, "load_model", load)
-    for works, storage in ((True, "fp8"), (False, "fp8-exact")):
+    for works, storage in ((True, in_fp8), (False, exact)):
         monkeypatch.setattr(calibration, "fp8_works", lambda device, works=works: works)
         model = load_base(prepared, decided, torch.device("cuda"))
         linear = next(frozen_linears(model)).train()
         assert linear.multiplied == storage
-        assert (linear.turned is not None) == works
-        assert ("8-bit floats" in capsys.readouterr().out) != works
+        assert (linear.turned is not None) == (works and quantize == "fp8")
+        said = "8-bit floats" in capsys.readouterr().out
+        assert said == (quantize == "fp8" and not works)
     x = torch.randn(3, linear.in_features)
     torch.testing.assert_close(linear(x), x @ linear.dequantize().t())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -78,6 +78,20 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a step that the device was given has still to say."""
+
+    step: int  # counted from 1
+    loss: float | torch.Tensor
+    norm: torch.Tensor
+    learning_rate: float
+    tokens: float
+    began: float
+    checked: bool  # whether the numbers were found finite before anything was updated
+    arrived: torch.cuda.Event | None  # when they are there; None: they are
+
+
 @dataclass(slots=True)
 class Trainer:
     """The objects of one run and the loop over them."""
@@ -101,6 +115,7 @@ class Trainer:
     early_stop: int = 0
     _ahead: tuple[int, list[Batch]] = field(default=(-1, []), init=False)
     _since: float = field(default=0.0, init=False)  # when the last step ended; 0: not just now
+    _given: _Given | None = field(default=None, init=False)
 
     def run(self) -> str:
         """Train to the schedule's end; returns why it ended: done, early or stopped."""
@@ -114,9 +129,12 @@ class Trainer:
                 return "stopped"
             last = progress.step == total
             evaluated = progress.step % self.eval_every == 0 or last
+            saved = progress.step % self.save_every == 0 or last or evaluated
+            if saved:
+                self._settle()
             if evaluated:
                 self._evaluate()
-            if progress.step % self.save_every == 0 or last or evaluated:
+            if saved:
                 self.save()
                 self._since = 0.0
         return "early" if progress.step < total else "done"
@@ -128,9 +146,10 @@ class Trainer:
     def step(self) -> bool:
         """One optimizer step; False if a stop was requested in it (then nothing has changed).
 
-        A GPU is given all of it, and the next step's data, before anyone asks for a number.
+        A GPU is given all of it, and the next one's micro-batches, before anyone asks for a number:
+        so it never waits for the loop.
         """
-        started, progress = self._since or time.perf_counter(), self.progress
+        began, progress = time.perf_counter(), self.progress
         before = rng_tensors(self.device)
         labels = self.batches.supervised(progress.step)
         loss: float | torch.Tensor = 0.0
@@ -142,6 +161,7 @@ class Trainer:
             loss = loss + self._accumulate(batch, labels)
             tokens += batch.tokens if batch.supervised else 0  # 0: only there to keep step
             self.group.tick()
+        self._settle()  # the step before
         if not self.group.alone:
             loss, tokens, stopping = self.group.sums(float(loss), tokens, stopping)
         if stopping:
@@ -149,20 +169,51 @@ class Trainer:
             set_rng_tensors(before, self.device)
             return False
         learning_rate = self.schedule.at(progress.step)
-        norm = self._update(loss, learning_rate)
-        now = time.perf_counter()
-        seconds, self._since = now - started, now
+        norm, checked = self._update(loss, learning_rate)
         progress.step += 1
-        progress.tokens += int(tokens)
+        (loss, norm), arrived = self._sent(loss, norm)
+        self._given = _Given(
+            progress.step, loss, norm, learning_rate, tokens, began, checked, arrived
+        )
+        if checked or arrived is None:
+            self._settle()
+        return True
+
+    def _sent(
+        self, *numbers: float | torch.Tensor
+    ) -> tuple[Sequence[Any], torch.cuda.Event | None]:
+        """The numbers on their way from a GPU, and what tells when they have come; elsewhere they
+        are fetched when they are read."""
+        if self.device.type != "cuda":
+            return numbers, None
+        sent = [torch.as_tensor(one).to("cpu", non_blocking=True) for one in numbers]
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()  # type: ignore[no-untyped-call]
+        return sent, arrived
+
+    def _settle(self) -> None:
+        """Read, check and report the numbers of the last step, once."""
+        given, self._given = self._given, None
+        if given is None:
+            return
+        if given.arrived is not None:
+            given.arrived.synchronize()  # type: ignore[no-untyped-call]
+        progress = self.progress
+        if not given.checked:
+            progress.step = given.step - 1  # there it stands if this one was not taken
+            self._check(given.loss, given.norm, given.step)
+            progress.step = given.step
+        now = time.perf_counter()
+        seconds, self._since = now - (self._since or given.began), now
+        progress.tokens += int(given.tokens)
         progress.seconds += seconds
         self.report(
             StepReport(
-                step=progress.step, loss=float(loss), learning_rate=learning_rate, grad_norm=norm,
-                tokens=progress.tokens, tokens_per_second=tokens / seconds,
-                seconds=progress.seconds,
+                step=given.step, loss=float(given.loss), learning_rate=given.learning_rate,
+                grad_norm=float(given.norm), tokens=progress.tokens,
+                tokens_per_second=given.tokens / seconds, seconds=progress.seconds,
             )
         )  # fmt: skip
-        return True
 
     def _micro_batches(self, index: int) -> list[Batch]:
         """This rank's micro-batches of a step, on the device."""
@@ -178,9 +229,14 @@ class Trainer:
             batch, labels, precision.context, precision.scaler.scale
         ).clone()
 
-    def _update(self, loss: float | torch.Tensor, learning_rate: float) -> float:
-        """Clip, step, clear; returns the gradient norm. Nothing is updated if that or the loss is
-        not finite."""
+    def _update(
+        self, loss: float | torch.Tensor, learning_rate: float
+    ) -> tuple[torch.Tensor, bool]:
+        """Clip, step, clear. Nothing is updated if the gradient's norm or the loss is not finite.
+
+        Returns:
+            The norm, and whether both were asked for already.
+        """
         scaler, optimizer = self.precision.scaler, self.optimizer
         self.group.sum_gradients(self.parameters.values())
         self._hold_back()
@@ -194,7 +250,7 @@ class Trainer:
         if late:  # it looks for itself, so the device is not waited for
             optimizer.found_inf = (~torch.isfinite(norm + loss)).float()  # type: ignore[attr-defined]
         else:
-            self._check(loss, norm)
+            self._check(loss, norm, self.progress.step + 1)
         for group in optimizer.param_groups:
             start = group.get("start", 0)
             rate = self.schedule.at(self.progress.step, start) if start else learning_rate
@@ -204,18 +260,16 @@ class Trainer:
         self._forget()
         if self.progress.step + 1 < self.schedule.total:
             self._micro_batches(self.progress.step + 1)
-        if late:
-            self._check(loss, norm)
-        return float(norm)
+        return norm, not late
 
-    def _check(self, loss: float | torch.Tensor, norm: torch.Tensor) -> None:
-        """Refuse to go on from numbers that are not finite. In fp16 the scaler skips such a step
-        and halves its scale, which a real fault outlasts."""
+    def _check(self, loss: float | torch.Tensor, norm: torch.Tensor, step: int) -> None:
+        """Refuse to go on from numbers of a step that are not finite. In fp16 the scaler skips such
+        a step and halves its scale, which a real fault outlasts."""
         scaler = self.precision.scaler
         if not math.isfinite(loss):
-            raise self._not_finite(t("the loss"), float(loss))
+            raise self._not_finite(t("the loss"), float(loss), step)
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            raise self._not_finite(t("the gradient"), float(norm))
+            raise self._not_finite(t("the gradient"), float(norm), step)
 
     def _forget(self) -> None:
         """Empty the gradients, and tell the model that what learns has changed."""
@@ -236,9 +290,8 @@ class Trainer:
             self.progress.note_evaluation(val_loss)
             self.report(StepReport(step=self.progress.step, val_loss=val_loss))
 
-    def _not_finite(self, what: str, value: float) -> Stopped:
-        step = self.progress.step + 1
-        examples = [i for batch in self.batches.step(self.progress.step) for i in batch.index]
+    def _not_finite(self, what: str, value: float, step: int) -> Stopped:
+        examples = [i for batch in self.batches.step(step - 1) for i in batch.index]
         return Stopped(
             "not-finite",
             t("{what} of step {step} is {value}; the weights were not touched", what=what,

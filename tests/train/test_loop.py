@@ -283,6 +283,95 @@ def test_a_stop_in_the_middle_of_a_step_leaves_no_trace(
         assert torch.equal(old, new)
 
 
+class Mark:
+    """Stands for the event that a GPU's numbers have come."""
+
+    def __init__(self, said: list[str]) -> None:
+        self.said = said
+
+    def synchronize(self) -> None:
+        self.said.append("read")
+
+
+def work_ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let a CPU be treated as a GPU is; returns what happens, in order."""
+    said: list[str] = []
+
+    def sent(trainer: Trainer, *numbers: Any) -> tuple[list[torch.Tensor], Mark]:
+        return [torch.as_tensor(one).clone() for one in numbers], Mark(said)
+
+    def accumulate(trainer: Trainer, *args: Any) -> torch.Tensor:
+        said.append("given")
+        return original(trainer, *args)
+
+    original = Trainer._accumulate
+    monkeypatch.setattr(Trainer, "_sent", sent)
+    monkeypatch.setattr(Trainer, "_accumulate", accumulate)
+    return said
+
+
+def whole_run(tiny: Path) -> tuple[list[StepReport], list[Progress]]:
+    """The lines of a run, and where it stood whenever it was saved."""
+    lines: list[StepReport] = []
+    saved: list[Progress] = []
+    trainer = trainer_for(
+        model_for(tiny), Batches([examples()], rows=4), report=lines.append, save_every=3,
+        evaluate=lambda: 1.0,
+    )  # fmt: skip
+    trainer.save = lambda: saved.append(Progress(**trainer.progress.as_dict()))
+    assert trainer.run() == "done"
+    return lines, saved
+
+
+def test_a_gpu_is_given_the_next_step_before_the_last_one_is_read(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, wanted_saved = whole_run(tiny)
+    said = work_ahead(monkeypatch)
+    lines, saved = whole_run(tiny)
+    assert said == ["given", "given", "read", "given", "read", "read",
+                    "given", "given", "read", "read"]  # fmt: skip
+    assert [one.step for one in lines] == [1, 2, 3, 4, 5, 5]
+    for one, other in zip(lines, wanted, strict=True):
+        for name in ("step", "loss", "grad_norm", "tokens", "learning_rate", "val_loss"):
+            assert getattr(one, name) == getattr(other, name)
+    assert [one.step for one in saved] == [3, 5]
+    assert [one.tokens for one in saved] == [one.tokens for one in wanted_saved]
+    seconds = [one.seconds or 0.0 for one in lines[:5]]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
+def test_a_step_that_broke_is_found_before_the_next_one_changes_anything(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work_ahead(monkeypatch)
+    trainer = trainer_for(model_for(tiny), Batches([examples()], rows=8))
+    trainer.step()
+    monkeypatch.setattr(fast, "loss_sum", lambda m, b: LOSS_SUM(m, b) * math.inf)
+    before = frozen_state(trainer)
+    trainer.step()
+    with pytest.raises(Stopped, match="the loss of step 2 is inf"):
+        trainer.step()
+    assert trainer.progress.step == 1
+    for old, new in zip(before, trainer.model.state_dict().values(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_a_stop_reports_the_step_before_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work_ahead(monkeypatch)
+    reports: list[StepReport] = []
+    asked = iter([False, True])
+    trainer = trainer_for(
+        model_for(tiny), Batches([examples()], rows=8), report=reports.append,
+        stop_requested=lambda: next(asked),
+    )  # fmt: skip
+    assert trainer.run() == "stopped"
+    assert [one.step for one in reports] == [1]
+    assert trainer.progress.step == 1
+    assert trainer.progress.tokens == sum(LENGTHS)
+
+
 def test_clipping_bounds_the_step_and_reports_the_norm_before_it(tiny: Path) -> None:
     reports: list[StepReport] = []
     norms = []

@@ -25,23 +25,25 @@ LABEL_STEPS = 8
 
 
 class GraphedLoss(CompiledLoss):
-    """`CompiledLoss` that replays its micro-batches.
+    """`CompiledLoss` that replays its micro-batches. What it computes is what that computes.
 
-    Gradients stay where they are: whoever takes a step empties them in place
-    (`keeps_gradients`). What it computes is what `CompiledLoss` computes.
+    Args:
+        model, fixed: as of `CompiledLoss`.
+        adds: a step has several micro-batches. Gradients stay where they are then: whoever takes a
+            step empties them in place (`keeps_gradients`). Of a single one they are written and
+            not added, which spares emptying and reading them.
     """
 
-    keeps_gradients = True
-
-    def __init__(self, model: Any, fixed: FixedInputs) -> None:
+    def __init__(self, model: Any, fixed: FixedInputs, adds: bool = True) -> None:
         super().__init__(model, fixed)
+        self.keeps_gradients = adds
         self.inputs: dict[str, Any] = {}
         self.graph: torch.cuda.CUDAGraph | None = None
         self.replays = True
         self.runs = 0
         self.room = 0  # labels that fit
         self.learning = [one for one in model.parameters() if one.requires_grad]
-        self.gradients: list[torch.Tensor] = []
+        self.gradients: list[torch.Tensor | None] = []
 
     def accumulate(
         self,
@@ -55,7 +57,8 @@ class GraphedLoss(CompiledLoss):
             return super().accumulate(batch, labels, context, scaled)
         self.refresh()
         self._fill(batch, labels)
-        self._hold_gradients()
+        if self.keeps_gradients:
+            self._hold_gradients()
         if self.runs < WARM_RUNS:
             self.runs += 1
             self._aside(context)
@@ -67,12 +70,19 @@ class GraphedLoss(CompiledLoss):
                 self.replays = False
                 return super().accumulate(batch, labels, context, scaled)
         self.graph.replay()
+        if not self.keeps_gradients:
+            self._give_gradients()
         return self.loss
 
     def drop_groups(self) -> None:
         """As of `CompiledLoss`; the graph reads what is gone, so it is recorded anew."""
         super().drop_groups()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
         self.graph, self.runs = None, 0
+        if not self.keeps_gradients:
+            self.gradients = []  # they are the graph's
 
     def _fill(self, batch: Batch, labels: int) -> None:
         """Write the micro-batch where the graph reads it; larger shapes begin anew."""
@@ -88,7 +98,7 @@ class GraphedLoss(CompiledLoss):
             self.where = torch.zeros(self.room, dtype=torch.int64, device=device)
             self.labels = torch.full_like(self.where, IGNORE_INDEX)
             self.factor, self.loss = torch.ones(2, device=device).unbind()
-            self.graph, self.runs = None, 0
+            self._begin_anew()
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value is not self.inputs[name]:
                 self.inputs[name].copy_(value)
@@ -101,8 +111,13 @@ class GraphedLoss(CompiledLoss):
         if not self.gradients:
             self.gradients = [torch.zeros_like(one) for one in self.learning]
         for parameter, gradient in zip(self.learning, self.gradients, strict=True):
-            if parameter.grad is not gradient:
+            if gradient is not None and parameter.grad is not gradient:
                 parameter.grad = gradient.zero_()
+
+    def _give_gradients(self) -> None:
+        """Give every parameter the gradient that the graph writes."""
+        for parameter, gradient in zip(self.learning, self.gradients, strict=True):
+            parameter.grad = gradient
 
     def _run(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
         with context():
@@ -124,4 +139,6 @@ class GraphedLoss(CompiledLoss):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._run(context)
+        if not self.keeps_gradients:
+            self.gradients = [one.grad for one in self.learning]
         return graph

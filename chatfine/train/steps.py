@@ -42,8 +42,10 @@ def loss_model(
         learned_fp8.install(model)
     if not decisions.compile or not compiled.supports(model):
         return fast.LossModel(model)
-    kind = graphs.GraphedLoss if _replays(prepared, decisions, shapes) else compiled.CompiledLoss
-    return kind(model, _fixed_inputs(model, prepared, decisions.rows, most_documents))
+    fixed = _fixed_inputs(model, prepared, decisions.rows, most_documents)
+    if _replays(prepared, decisions, shapes):
+        return graphs.GraphedLoss(model, fixed, adds=decisions.accumulate > 1)
+    return compiled.CompiledLoss(model, fixed)
 
 
 def _fixed_inputs(

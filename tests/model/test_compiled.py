@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -223,6 +224,76 @@ def test_a_graph_is_recorded_anew_when_weights_move() -> None:
     assert graphed.groups.groups == []
     assert graphed.runs == 0
     assert graphed.graph is None
+
+
+class Replayed:
+    """Does what a recorded graph does: computes again and writes to the same places. On a card
+    recording computes nothing; here it has, so the first time nothing is left to do."""
+
+    def __init__(self, graphed: GraphedLoss) -> None:
+        self.graphed, self.new = graphed, True
+
+    def replay(self) -> None:
+        graphed = self.graphed
+        if self.new:
+            self.new = False
+            return
+        if graphed.keeps_gradients:
+            graphed._run(nullcontext)
+            return
+        for one in graphed.learning:
+            one.grad = None
+        graphed._run(nullcontext)
+        for one, kept in zip(graphed.learning, graphed.gradients, strict=True):
+            if kept is not None and one.grad is not None:
+                kept.copy_(one.grad)
+            one.grad = None
+
+
+def steps_of(measure: LossModel, micro: int, device: str = "cpu") -> list[float]:
+    """The losses of some steps of so many micro-batches, by AdamW; the last has more labels."""
+    optimizer = torch.optim.AdamW(adapters.trained_parameters(measure.model).values(), lr=0.01)
+    losses = []
+    for step in range(WARM_RUNS + 4):
+        total = 0.0
+        for part in range(micro):
+            batch = batch_of(5 + step % 3, 9, *[10, 20] * (step > WARM_RUNS + 2), 3 + part)
+            total += measure.accumulate(batch.to(device), 20).item()
+        torch.nn.utils.clip_grad_norm_(measure.model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not measure.keeps_gradients)
+        measure.stale = True
+        losses.append(total)
+    return losses
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("micro", [1, 2])
+def test_replayed_gradients_are_those_of_their_own_step(
+    micro: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(graphed: GraphedLoss, context: Any) -> Replayed:
+        graphed._run(context)
+        if not graphed.keeps_gradients:
+            graphed.gradients = [one.grad for one in graphed.learning]
+        return Replayed(graphed)
+
+    monkeypatch.setattr(GraphedLoss, "_aside", GraphedLoss._run)
+    monkeypatch.setattr(GraphedLoss, "_record", record)
+    graphed = GraphedLoss(build(), FixedInputs(TOKENS, LONGEST), adds=micro > 1).train()
+    assert steps_of(graphed, micro) == pytest.approx(
+        steps_of(LossModel(build()).train(), micro), rel=1e-4
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_card_replays_what_it_would_compute(micro: int) -> None:
+    graphed = GraphedLoss(build().cuda(), FixedInputs(TOKENS, LONGEST), adds=micro > 1).train()
+    found = steps_of(graphed, micro, "cuda")
+    assert graphed.replays
+    assert graphed.graph is not None or graphed.runs
+    assert found == pytest.approx(steps_of(LossModel(build()).train(), micro), rel=1e-3)
 
 
 @pytest.mark.usefixtures("uncompiled")

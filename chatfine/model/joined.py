@@ -55,11 +55,8 @@ class Joined:
         """The output (…, out) of one of the layers for states (…, in)."""
         if layer is self.layers[0]:
             y = self.product(x.reshape(-1, self.in_features))
-            self.waiting = list(y.split_with_sizes(self.outs, 1))
+            self.waiting = list(_Apart.apply(y, self.outs))  # type: ignore[no-untyped-call]
         found = self.waiting.pop(0)
-        if len(self.layers) > 2 and not self.waiting:
-            # query and key are rotated; the value is kept as it is, and as a view would keep all
-            found = found.contiguous()
         return found.view(*x.shape[:-1], found.shape[1])
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -80,6 +77,38 @@ class Joined:
         """Let each layer compute for itself again."""
         for layer in self.layers:
             layer.group = None
+
+
+class _Apart(torch.autograd.Function):
+    """The outputs of several layers out of the product of all.
+
+    Each is a tensor of its own: the value is kept for attention's backward pass, and as a view it
+    would keep all. A compiler makes query and key part of what rotates them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, outs: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(part.clone() for part in y.split_with_sizes(list(outs), 1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return side_by_side(grads), None
+
+
+@torch.library.custom_op("chatfine::side_by_side", mutates_args=())
+def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`parts` (N, some) as one (N, all of them).
+
+    A compiler would compute the gradients of query and key, whose rotation reads in two places, in
+    the same pass as this, and for each number all three: 119 µs where 31 MB were to be written on
+    an H200.
+    """
+    return torch.cat(list(parts), 1)
+
+
+@side_by_side.register_fake
+def _(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0].new_empty((len(parts[0]), sum(one.shape[1] for one in parts)))
 
 
 def join(model: nn.Module) -> list[Joined]:

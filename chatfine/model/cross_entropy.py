@@ -9,8 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from chatfine.model.kernels import softmax_gradient_kernel
+
 HEAD_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Size of the block of float32 logits alive at one time; larger gave no speed on two CPU cores."""
+PIECE = 8192
+"""Logits of a row that a program has in its registers at once. Fewer leave room for more programs,
+and the card's cache keeps fewer of their rows until they are read again."""
 
 
 def linear_cross_entropy(
@@ -26,7 +31,7 @@ def linear_cross_entropy(
         weight: (V, D) output embedding, or several matrices that follow each other in it: some may
             learn while others don't, in different number formats, and none is copied.
         labels: (S,) token ids; below zero = counts nothing.
-        compiled: turn logits into their gradient in one compiled pass; only for a single matrix.
+        compiled: turn logits into their gradient by one program; only for a single matrix.
 
     The gradient with respect to the logits is known as soon as they are (softmax − one-hot), so
     both products of the backward pass are taken while a block of logits is still in the cache.
@@ -77,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             wanted = labels[begin : begin + rows]
             learns = need_hidden or any(need_weights)
             if compiled and learns:
-                loss, grad = _compiled_gradient()(F.linear(block, parts[0]), wanted)
+                loss, grad = softmax_gradient(F.linear(block, parts[0]), wanted)
                 total += loss
                 found = [grad]
             else:
@@ -129,10 +134,37 @@ def _gradients(
     return total, found
 
 
+def softmax_gradient(
+    logits: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the losses of some rows, and the gradient of their logits.
+
+    On a card a Triton program does it: the compiled twin took 0.37 ms for 2,730 rows of 49,152
+    logits in bfloat16 on an H200, and reading and writing them once takes 0.13 ms.
+
+    Args:
+        logits: (N, V), not to be used afterwards: the gradient may lie in their place.
+        labels: (N,) token ids; below zero = counts nothing.
+
+    Returns:
+        The loss () in float32, or float64 of such logits, and the gradient (N, V) in their format.
+    """
+    program = softmax_gradient_kernel() if logits.is_cuda else None
+    if program is None or logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return _compiled_gradient()(logits, labels)
+    rows, size = logits.shape
+    gradient = logits.contiguous()
+    losses = gradient.new_empty(rows, dtype=torch.float32)
+    block = min(PIECE, max(128, 1 << (size - 1).bit_length()))
+    warps = max(4, block // 512)
+    program[(rows,)](gradient, labels.contiguous(), losses, size, BLOCK=block, num_warps=warps)
+    return losses.sum(), gradient
+
+
 def _softmax_gradient(
     logits: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for one part, written for a compiler: everything but the norm in one pass."""
+    """The twin of the program, written for a compiler: everything but the norm in one pass."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_norm = wide.logsumexp(1, keepdim=True)
     labels = labels[:, None]

@@ -1,7 +1,7 @@
 """The Triton programs; each works on a row, or on some rows.
 
-`model.fp8_rows`, `model.swiglu_fp8` and `model.rounding` say what they compute, and have twins in
-plain torch.
+`model.fp8_rows`, `model.swiglu_fp8`, `model.rounding` and `model.cross_entropy` say what they
+compute, and have twins in plain torch.
 """
 
 from __future__ import annotations
@@ -155,6 +155,41 @@ def swiglu_back_kernel() -> Any:
 
 
 @functools.lru_cache(maxsize=1)
+def e4m3_function() -> Any:
+    """The nearest e4m3 numbers for `block_kernel`, or None where Triton is missing.
+
+    In arithmetic: on an H200 Triton 3.6's own conversion made NaNs there, in half the rows of
+    blocks whose width was no multiple of 16.
+    """
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    largest = tl.constexpr(E4M3_MAX)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def e4m3(part):  # type: ignore[no-untyped-def]
+        part = tl.minimum(tl.maximum(part, -largest), largest)
+        size = tl.abs(part)
+        bits = size.to(tl.int32, bitcast=True)
+        # to three bits of fraction, ties to even; a carry goes on into the exponent, whose bias
+        # becomes 7 from 127
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        # below 2⁻⁶ multiples of 2⁻⁹: added to 2²³ they are its last bits
+        small = (size * 512.0 + 8388608.0).to(tl.int32, bitcast=True) - 0x4B000000
+        code = tl.where(size < 0.015625, small, normal)
+        exponent, fraction = code >> 3, code & 7
+        wide = (((exponent + 120) << 23) | (fraction << 20)).to(tl.float32, bitcast=True)
+        near = tl.where(exponent > 0, wide, fraction.to(tl.float32) * 0.001953125)
+        sign = (part.to(tl.int32, bitcast=True) >> 24) & 128
+        return (code | sign).to(tl.uint8), tl.where(sign > 0, -near, near)
+
+    return e4m3
+
+
+@functools.lru_cache(maxsize=1)
 def block_kernel() -> Any:
     """The program of `rounding.round_block`, or None where Triton is missing.
 
@@ -168,7 +203,7 @@ def block_kernel() -> Any:
     except ImportError:
         return None
 
-    largest = tl.constexpr(E4M3_MAX)
+    e4m3 = e4m3_function()
 
     @triton.jit  # type: ignore[untyped-decorator]
     def block(  # type: ignore[no-untyped-def]
@@ -193,12 +228,12 @@ def block_kernel() -> Any:
                     code += (part > tl.load(between + k)).to(tl.int32)
                 value = tl.load(levels + code) * (scale / unit)
                 if UNITS:
-                    value = value.to(tl.float8e4nv).to(tl.float32)
+                    value = e4m3(value)[1]
                 value *= unit
                 tl.store(codes + row * width + j, code.to(tl.uint8), mask=there)
             else:
-                near = tl.minimum(tl.maximum(part, -largest), largest).to(tl.float8e4nv)
-                value = near.to(tl.float32) * scale
+                near, value = e4m3(part)
+                value *= scale
                 tl.store(codes + row * width + j, near, mask=there)
             share = tl.load(inside + j * width + column, mask=column < width, other=0.0)
             error = (now - value) / tl.load(inside + j * width + j)
@@ -206,3 +241,51 @@ def block_kernel() -> Any:
             left -= error[:, None] * share[None, :]
 
     return block
+
+
+@functools.lru_cache(maxsize=1)
+def softmax_gradient_kernel() -> Any:
+    """The program of `cross_entropy.softmax_gradient`, or None where Triton is missing.
+
+    It reads a row twice, the second time from the card's cache, and writes over it.
+    """
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def gradient(  # type: ignore[no-untyped-def]
+        logits, labels, losses, size, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        logits += row * size
+        label = tl.load(labels + row)
+        counts = label >= 0
+        # before it is overwritten; a label that is no column is seen in the loss
+        own = tl.load(logits + label, mask=counts & (label < size), other=float("nan"))
+        most = tl.full([BLOCK], -3e38, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, size, BLOCK):
+            place = start + column
+            number = tl.load(logits + place, mask=place < size, other=-float("inf")).to(tl.float32)
+            # of the sum so far and the new number the smaller shrinks: one exponential for both
+            above = number - most
+            shrink = tl.exp(-tl.abs(above))
+            total = tl.where(above > 0, total * shrink + 1, total + shrink)
+            most = tl.maximum(most, number)
+        top = tl.max(most)
+        log_norm = top + tl.log(tl.sum(total * tl.exp(most - top)))
+        tl.store(losses + row, tl.where(counts, log_norm - own.to(tl.float32), 0.0))
+        tl.debug_barrier()  # what is written now other threads may have had to read
+        for start in range(0, size, BLOCK):
+            place = start + column
+            inside = place < size
+            number = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)
+            found = tl.exp(number - log_norm) - tl.where(place == label, 1.0, 0.0)
+            found = tl.where(counts, found, 0.0).to(logits.dtype.element_ty)
+            tl.store(logits + place, found, mask=inside)
+
+    return gradient

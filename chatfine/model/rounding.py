@@ -195,9 +195,7 @@ def round_block(
         Codes (out, n), and what each column's rounding costs (out, n) in units of the factor.
     """
     program = block_kernel() if block.is_cuda else None
-    # of other sizes half the rows of e4m3 codes came out wrong on an H200 (Triton 3.6)
-    odd = grid.levels is None and (block.shape[0] % 16 or block.shape[1] % 16)
-    if program is None or odd:
+    if program is None:
         return _plain_block(block.clone(), inside, places, grid)
     (rows, width), groups = block.shape, grid.scales.shape[1]
     block = block.contiguous()
@@ -206,8 +204,7 @@ def round_block(
     levels = block[0, :0] if grid.levels is None else grid.levels
     program[(-(-rows // ROWS),)](
         block, inside, grid.scales.contiguous(), places // grid.width, levels, between(levels),
-        block if grid.units is None else grid.units,
-        codes.view(E4M3) if grid.levels is None else codes, errors, rows, width, groups,
+        block if grid.units is None else grid.units, codes, errors, rows, width, groups,
         LEVELS=len(levels), UNITS=grid.units is not None, ROWS=ROWS,
         BLOCK=max(16, 1 << (width - 1).bit_length()),
     )  # fmt: skip

@@ -405,6 +405,27 @@ def test_both_ways_to_the_gradient_of_the_logits_agree() -> None:
     assert not gradient[labels < 0].any()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocabulary", [7, 100, 4096, 49152])
+@pytest.mark.parametrize("ignored", [0, 5, 13])
+def test_the_program_for_the_gradient_of_the_logits_is_its_twin(
+    dtype: torch.dtype, vocabulary: int, ignored: int
+) -> None:
+    torch.manual_seed(vocabulary)
+    logits = (10 * torch.randn(13, vocabulary)).to("cuda", dtype)
+    labels = torch.randint(0, vocabulary, (13,), device="cuda")
+    labels[torch.randperm(13)[:ignored]] = IGNORE_INDEX
+    wanted_loss, wanted = cross_entropy._softmax_gradient(logits.clone(), labels)
+    loss, gradient = cross_entropy.softmax_gradient(logits, labels)
+    assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
+    rtol = 1e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(gradient, wanted, rtol=rtol, atol=1e-5)
+    assert not gradient[labels < 0].any()
+    assert gradient.data_ptr() == logits.data_ptr()
+
+
 def test_nothing_but_labels_that_count_nothing_is_no_loss() -> None:
     hidden, parts, labels = drawn((9,))
     loss = cross_entropy.linear_cross_entropy(hidden, parts, torch.full_like(labels, IGNORE_INDEX))

@@ -169,7 +169,7 @@ def test_what_was_rounded_is_kept_and_read_again(tiny: Path, tmp_path: Path, nam
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize(("rows", "width"), [(37, 100), (16, 128), (3, 7)])
+@pytest.mark.parametrize(("rows", "width"), [(37, 100), (48, 100), (4, 24), (16, 128), (3, 7)])
 def test_the_program_for_a_block_is_its_twin(name: str, rows: int, width: int) -> None:
     if name != "nf4" and not fp8_works(torch.device("cuda")):
         pytest.skip("needs a card with fp8 products")

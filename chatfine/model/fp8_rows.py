@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from chatfine.model.fp8 import E4M3, E4M3_MAX, FP8_SMALLEST
-from chatfine.model.kernels import row_kernels
+from chatfine.model.fp8_kernels import row_kernels
 
 LONGEST_ROW = 65536
 ROWS = 8

@@ -55,7 +55,9 @@ class Joined:
         """The output (…, out) of one of the layers for states (…, in)."""
         if layer is self.layers[0]:
             y = self.product(x.reshape(-1, self.in_features))
-            self.waiting = list(_Apart.apply(y, self.outs))  # type: ignore[no-untyped-call]
+            rotated = len(self.layers) > 2
+            parts = _Apart.apply(y, self.outs) if rotated else y.split_with_sizes(self.outs, 1)  # type: ignore[no-untyped-call]
+            self.waiting = list(parts)
         found = self.waiting.pop(0)
         return found.view(*x.shape[:-1], found.shape[1])
 
@@ -80,7 +82,7 @@ class Joined:
 
 
 class _Apart(torch.autograd.Function):
-    """The outputs of several layers out of the product of all.
+    """Query, key and value out of the product of all.
 
     Each is a tensor of its own: the value is kept for attention's backward pass, and as a view it
     would keep all. A compiler makes query and key part of what rotates them.

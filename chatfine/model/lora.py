@@ -117,6 +117,18 @@ def product(
     return y
 
 
+def plus(large: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """large + left · right, in place where no compiler will see to it.
+
+    Of products that are added a compiler makes an `addmm` into a copy of one of them. Added in
+    float32, and rounded once, they become part of whatever reads the sum.
+    """
+    if torch.compiler.is_compiling():
+        wide = torch.promote_types(large.dtype, torch.float32)
+        return (large.to(wide) + (left @ right).to(wide)).to(large.dtype)
+    return large.addmm_(left, right)
+
+
 def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     name, base = module.fused_adapter, module.base_layer
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
@@ -148,7 +160,7 @@ class _LoraLinear(torch.autograd.Function):
         a_low, b_low = a.to(x.dtype), b.to(x.dtype)
         inner = F.linear(x, a_low)  # (N, rank)
         y = _storage(storage).product(x, packed, x.shape[1])
-        y = _plus(y, inner * scale, b_low.t())
+        y = plus(y, inner * scale, b_low.t())
         ctx.save_for_backward(x, inner, a_low, b_low, *packed)
         ctx.scale, ctx.storage = scale, storage
         return y
@@ -162,23 +174,11 @@ class _LoraLinear(torch.autograd.Function):
         if torch.compiler.is_compiling() or ctx.needs_input_grad[0]:
             again = unpacked_again(ctx.storage, tuple(packed), grad)
             grad_x = _storage(ctx.storage).product_back(grad, again, x.shape[1])
-            grad_x = _plus(grad_x, grad_inner, a_low)
+            grad_x = plus(grad_x, grad_inner, a_low)
         wide = torch.promote_types(x.dtype, torch.float32)
         grad_a = torch.mm(grad_inner.t(), x).to(wide)
         grad_b = torch.mm(grad.t(), inner).to(wide) * ctx.scale
         return (grad_x, grad_a, grad_b, None, None, *[None] * len(packed))
-
-
-def _plus(large: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """large + left · right, in place where no compiler will see to it.
-
-    Of products that are added a compiler makes an `addmm` into a copy of one of them. Added in
-    float32, and rounded once, they become part of whatever reads the sum.
-    """
-    if torch.compiler.is_compiling():
-        wide = torch.promote_types(large.dtype, torch.float32)
-        return (large.to(wide) + (left @ right).to(wide)).to(large.dtype)
-    return large.addmm_(left, right)
 
 
 def _storage(name: str) -> Storage:

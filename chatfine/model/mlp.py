@@ -2,8 +2,8 @@
 
 `model.joined` lets the layer that is called first compute for both; here nobody waits for anybody,
 so that the MLP may go through pieces that are computed again (`model.chunked`). On fp8 weights it
-is one operation altogether (`model.mlp_fp8`). The slow twin is the module's own forward on the same
-linears.
+is one operation altogether (`model.mlp_fp8`), and on plain ones too (`model.mlp_lora`). The slow
+twin is the module's own forward on the same linears.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch import nn
 
 from chatfine.model import chunked
 from chatfine.model.joined import TOGETHER, Joined, is_gated
+from chatfine.model.lora import storage_of
 from chatfine.model.lora_fp8 import Group
 from chatfine.model.mlp_fp8 import MlpFp8, mlp_fp8_pieces
+from chatfine.model.mlp_lora import MlpLora
+from chatfine.model.storages import PLAIN
 
 SILU = ("SiLU", "SiLUActivation")
 
@@ -64,6 +67,17 @@ def _fp8_groups(module: Any) -> tuple[Any, Any] | None:
     return (pair, down) if fp8 and type(module.act_fn).__name__ in SILU else None
 
 
+def _plain_down(module: Any, pair: Joined, x: torch.Tensor) -> Any:
+    """The layer behind `pair` if `MlpLora` can compute both for x, else None."""
+    down = module.down_proj
+    if pair.storage != PLAIN.name or type(module.act_fn).__name__ not in SILU:
+        return None
+    if not (hasattr(down, "fused_adapter") and _is_plain(down)):
+        return None
+    alike = x.dtype == pair.packed[0].dtype == down.base_layer.weight.dtype
+    return down if alike and storage_of(down.base_layer) == PLAIN.name else None
+
+
 def _is_plain(linear: Any) -> bool:
     return bool(linear.is_fused() and linear.base_layer.bias is None)
 
@@ -72,7 +86,7 @@ class _Whole:
     """Comes before a module's own class."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        """The same; on fp8 weights as `MlpFp8`."""
+        """The same; on fp8 weights as `MlpFp8`, on plain ones as `MlpLora`."""
         pair = _pair(self) if self.training else None
         if pair is None:
             result: torch.Tensor = super().forward(x)  # type: ignore[misc]
@@ -81,6 +95,10 @@ class _Whole:
         if fp8 is not None:
             one: torch.Tensor = MlpFp8.apply(rows, *_inputs(*fp8))  # type: ignore[no-untyped-call]
             return one.view(x.shape)
+        down = _plain_down(self, pair, x)
+        if down is not None:
+            two: torch.Tensor = MlpLora.apply(rows, *_plain_inputs(pair, down))  # type: ignore[no-untyped-call]
+            return two.view(x.shape)
         gate, up = pair.product(rows).split_with_sizes(pair.outs, 1)
         y: torch.Tensor = self.down_proj((self.act_fn(gate) * up).view(*x.shape[:-1], pair.outs[0]))
         return y
@@ -113,6 +131,16 @@ def _inputs(pair: Any, down: Any) -> tuple[Any, ...]:
         (pair.scale, down.scale), (pair.storage, down.storage), pair.packed,
         (pair.tail_b, pair.tail_a), down.packed, (down.tail_b, down.tail_a),
         a_gate, a_up, a_down, b_gate, b_up, b_down,
+    )  # fmt: skip
+
+
+def _plain_inputs(pair: Joined, down: Any) -> tuple[Any, ...]:
+    """Those of `MlpLora` behind x."""
+    a_gate, a_up, b_gate, b_up = pair.weights()
+    name = down.fused_adapter
+    return (
+        (pair.scale, down.scaling[name]), pair.packed[0], down.base_layer.weight,
+        a_gate, a_up, down.lora_A[name].weight, b_gate, b_up, down.lora_B[name].weight,
     )  # fmt: skip
 
 

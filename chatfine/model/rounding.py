@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from chatfine.model.fp8 import E4M3, E4M3_MAX, round_rows
-from chatfine.model.kernels import block_kernel
+from chatfine.model.fp8_kernels import block_kernel
 from chatfine.model.storages import FP8_ROOM, NF4_BLOCK, NF4_LEVELS, NF4E4m3, Packed
 
 CALIBRATED = ("fp8", "nf4")

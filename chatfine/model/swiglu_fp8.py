@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from chatfine.model.fp8 import E4M3, E4M3_MAX, round_rows
-from chatfine.model.kernels import swiglu_back_kernel, swiglu_kernel
+from chatfine.model.fp8_kernels import swiglu_back_kernel, swiglu_kernel
 
 ROOM = 16
 """States end at 448 / ROOM: their product with a row of A is rarely larger than a few of them."""

@@ -1,4 +1,4 @@
-"""The Triton programs that write the format they read; each works on a row, or on a tile of some.
+"""The Triton programs that write the format they read; each works on a row, or on tiles of some.
 Those that round to 8-bit floats are in `model.fp8_kernels`.
 
 `model.swiglu_lora` and `model.cross_entropy` say what they compute, and have twins in plain torch.
@@ -7,12 +7,14 @@ Those that round to 8-bit floats are in `model.fp8_kernels`.
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 
 @functools.lru_cache(maxsize=1)
-def _small_product() -> Any:
-    """What the programs below call for the tile of an adapter's second product.
+def _adapter_tiles() -> Any:
+    """What the programs below read of adapters, or None where Triton is missing: some rows of an
+    inner product, and some columns of the weight that it is multiplied with.
 
     Ranks are known when it is compiled: of rows of a known length it reads several numbers at once.
     """
@@ -23,27 +25,30 @@ def _small_product() -> Any:
         return None
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def small(  # type: ignore[no-untyped-def]
-        left, right, row, column, rows, size, down, beside,
-        STRIDE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
-    ):  # fmt: skip
+    def left(  # type: ignore[no-untyped-def]
+        inner, row, rows, STRIDE: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr
+    ):
         place = tl.arange(0, WIDTH)
         there = (place < RANK)[None, :] & (row < rows)[:, None]
-        some = tl.load(left + row[:, None] * STRIDE + place[None, :], mask=there, other=0.0)
-        there = (place < RANK)[:, None] & (column < size)[None, :]
-        other = right + place[:, None] * down + column[None, :] * beside
-        return tl.dot(some, tl.load(other, mask=there, other=0.0), input_precision="ieee")
+        return tl.load(inner + row[:, None] * STRIDE + place[None, :], mask=there, other=0.0)
 
-    return small
+    @triton.jit  # type: ignore[untyped-decorator]
+    def right(  # type: ignore[no-untyped-def]
+        weight, column, size, down, beside, RANK: tl.constexpr, WIDTH: tl.constexpr
+    ):
+        place = tl.arange(0, WIDTH)
+        there = (place < RANK)[:, None] & (column < size)[None, :]
+        where = weight + place[:, None] * down + column[None, :] * beside
+        return tl.load(where, mask=there, other=0.0)
+
+    return SimpleNamespace(left=left, right=right)
 
 
 @functools.lru_cache(maxsize=1)
 def swiglu_lora_kernel() -> Any:
     """The program of `swiglu_lora`, or None where Triton is missing.
 
-    Tiles that lie beside each other come after each other, so that they read what is next in
-    memory; the adapters' weights are small enough to stay in the card's cache. Large tensors are
-    asked for first, and arrive while the small products are computed.
+    It takes a strip of tiles, so that the next ones are on their way while one is computed.
     """
     try:
         import triton
@@ -51,64 +56,78 @@ def swiglu_lora_kernel() -> Any:
     except ImportError:
         return None
 
-    small = _small_product()
+    left, right = _adapter_tiles().left, _adapter_tiles().right
 
     @triton.jit  # type: ignore[untyped-decorator]
     def ahead(  # type: ignore[no-untyped-def]
         both, inner, b_gate, b_up, h, rows, size,
         GATE: tl.constexpr, UP: tl.constexpr, GATE_WIDTH: tl.constexpr, UP_WIDTH: tl.constexpr,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        tile, across = tl.program_id(0), tl.cdiv(size, COLUMNS)
-        row = (tile // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        column = tile % across * COLUMNS + tl.arange(0, COLUMNS)
-        there = (row < rows)[:, None] & (column < size)[None, :]
-        begin = both + row[:, None] * 2 * size + column[None, :]
-        gate = tl.load(begin, mask=there, other=0.0).to(tl.float32)
-        up = tl.load(begin + size, mask=there, other=0.0).to(tl.float32)
-        gate += small(inner, b_gate, row, column, rows, size, 1, GATE, GATE + UP, GATE, GATE_WIDTH)
-        up += small(inner + GATE, b_up, row, column, rows, size, 1, UP, GATE + UP, UP, UP_WIDTH)
-        found = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
-        tl.store(h + row[:, None] * size + column[None, :], found, mask=there)
+        strip, across = tl.program_id(0), tl.cdiv(size, COLUMNS * STRIP)
+        row = (strip // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        first = strip % across * STRIP
+        of_gate = left(inner, row, rows, GATE + UP, GATE, GATE_WIDTH)
+        of_up = left(inner + GATE, row, rows, GATE + UP, UP, UP_WIDTH)
+        for tile in tl.range(0, STRIP, num_stages=STAGES):
+            column = (first + tile) * COLUMNS + tl.arange(0, COLUMNS)
+            there = (row < rows)[:, None] & (column < size)[None, :]
+            begin = both + row[:, None] * 2 * size + column[None, :]
+            gate = tl.load(begin, mask=there, other=0.0).to(tl.float32)
+            up = tl.load(begin + size, mask=there, other=0.0).to(tl.float32)
+            b = right(b_gate, column, size, 1, GATE, GATE, GATE_WIDTH)
+            gate += tl.dot(of_gate, b, input_precision="ieee")
+            b = right(b_up, column, size, 1, UP, UP, UP_WIDTH)
+            up += tl.dot(of_up, b, input_precision="ieee")
+            found = (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty)
+            tl.store(h + row[:, None] * size + column[None, :], found, mask=there)
 
     return ahead
 
 
 @functools.lru_cache(maxsize=1)
 def swiglu_lora_back_kernel() -> Any:
-    """The program of `swiglu_lora_back`, or None where Triton is missing."""
+    """The program of `swiglu_lora_back`, in strips as well, or None where Triton is missing."""
     try:
         import triton
         import triton.language as tl
     except ImportError:
         return None
 
-    small = _small_product()
+    left, right = _adapter_tiles().left, _adapter_tiles().right
 
     @triton.jit  # type: ignore[untyped-decorator]
     def back(  # type: ignore[no-untyped-def]
         grad, from_down, a_down, both, inner, b_gate, b_up, found, rows, size,
         DOWN: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr,
         DOWN_WIDTH: tl.constexpr, GATE_WIDTH: tl.constexpr, UP_WIDTH: tl.constexpr,
-        ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIP: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        tile, across = tl.program_id(0), tl.cdiv(size, COLUMNS)
-        row = (tile // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        column = tile % across * COLUMNS + tl.arange(0, COLUMNS)
-        there = (row < rows)[:, None] & (column < size)[None, :]
-        begin = grad + row[:, None] * size + column[None, :]
-        wide = tl.load(begin, mask=there, other=0.0).to(tl.float32)
-        begin = both + row[:, None] * 2 * size + column[None, :]
-        gate = tl.load(begin, mask=there, other=0.0).to(tl.float32)
-        up = tl.load(begin + size, mask=there, other=0.0).to(tl.float32)
-        wide += small(from_down, a_down, row, column, rows, size, size, 1, DOWN, DOWN, DOWN_WIDTH)
-        gate += small(inner, b_gate, row, column, rows, size, 1, GATE, GATE + UP, GATE, GATE_WIDTH)
-        up += small(inner + GATE, b_up, row, column, rows, size, 1, UP, GATE + UP, UP, UP_WIDTH)
-        share = tl.sigmoid(gate)
-        begin = found + row[:, None] * 2 * size + column[None, :]
-        kept = (wide * up * share * (1 + gate * (1 - share))).to(found.dtype.element_ty)
-        tl.store(begin, kept, mask=there)
-        tl.store(begin + size, (wide * gate * share).to(found.dtype.element_ty), mask=there)
+        strip, across = tl.program_id(0), tl.cdiv(size, COLUMNS * STRIP)
+        row = (strip // across * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        first = strip % across * STRIP
+        of_down = left(from_down, row, rows, DOWN, DOWN, DOWN_WIDTH)
+        of_gate = left(inner, row, rows, GATE + UP, GATE, GATE_WIDTH)
+        of_up = left(inner + GATE, row, rows, GATE + UP, UP, UP_WIDTH)
+        for tile in tl.range(0, STRIP, num_stages=STAGES):
+            column = (first + tile) * COLUMNS + tl.arange(0, COLUMNS)
+            there = (row < rows)[:, None] & (column < size)[None, :]
+            begin = grad + row[:, None] * size + column[None, :]
+            wide = tl.load(begin, mask=there, other=0.0).to(tl.float32)
+            begin = both + row[:, None] * 2 * size + column[None, :]
+            gate = tl.load(begin, mask=there, other=0.0).to(tl.float32)
+            up = tl.load(begin + size, mask=there, other=0.0).to(tl.float32)
+            a = right(a_down, column, size, size, 1, DOWN, DOWN_WIDTH)
+            wide += tl.dot(of_down, a, input_precision="ieee")
+            b = right(b_gate, column, size, 1, GATE, GATE, GATE_WIDTH)
+            gate += tl.dot(of_gate, b, input_precision="ieee")
+            b = right(b_up, column, size, 1, UP, UP, UP_WIDTH)
+            up += tl.dot(of_up, b, input_precision="ieee")
+            share = tl.sigmoid(gate)
+            begin = found + row[:, None] * 2 * size + column[None, :]
+            kept = (wide * up * share * (1 + gate * (1 - share))).to(found.dtype.element_ty)
+            tl.store(begin, kept, mask=there)
+            tl.store(begin + size, (wide * gate * share).to(found.dtype.element_ty), mask=there)
 
     return back
 

@@ -21,8 +21,9 @@ ROOM = 16
 ROOM_BACK = 64
 """The same for gradients, whose product with B may be larger. e4m3 numbers are floats: room costs
 precision only where a number is a thousandth of its row's largest."""
-PIECE = 4096
-"""Columns that one program of the backward pass has in its registers at once."""
+PIECE, STAGES, WARPS = 4096, 1, 8
+"""Columns that one program of the backward pass has in its registers at once, how many such pieces
+are on their way, and by how many warps they are computed."""
 
 
 @torch.library.custom_op("chatfine::swiglu_fp8", mutates_args=())
@@ -91,7 +92,8 @@ def swiglu_fp8_back(
     scales = both.new_empty(rows, 1, dtype=torch.float32)
     program[(rows,)](
         grad.contiguous(), both.contiguous(), factors.contiguous(), found, codes.view(E4M3), scales,
-        size, 2 * size + width, PIECE=PIECE, TOP=E4M3_MAX / ROOM_BACK, num_warps=8,
+        size, 2 * size + width, PIECE=PIECE, STAGES=STAGES, TOP=E4M3_MAX / ROOM_BACK,
+        num_warps=WARPS,
     )  # fmt: skip
     return found, codes, scales
 

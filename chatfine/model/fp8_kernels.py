@@ -115,7 +115,7 @@ def swiglu_back_kernel() -> Any:
     @triton.jit  # type: ignore[untyped-decorator]
     def back(  # type: ignore[no-untyped-def]
         grad, both, factors, found, codes, scales, size, stride,
-        PIECE: tl.constexpr, STAGES: tl.constexpr, TOP: tl.constexpr,
+        PIECE: tl.constexpr, TOP: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         column = tl.arange(0, PIECE)
@@ -124,7 +124,7 @@ def swiglu_back_kernel() -> Any:
         found += row * 2 * size
         codes += row * stride
         most = tl.zeros([PIECE], tl.float32)
-        for start in tl.range(0, size, PIECE, num_stages=STAGES):
+        for start in range(0, size, PIECE):
             place = start + column
             inside = place < size
             wide = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
@@ -144,7 +144,7 @@ def swiglu_back_kernel() -> Any:
         scale = tl.maximum(tl.max(most), smallest) / TOP
         tl.store(scales + row, scale)
         tl.debug_barrier()  # what is read now other threads may have written
-        for start in tl.range(0, 2 * size, PIECE, num_stages=STAGES):
+        for start in range(0, 2 * size, PIECE):
             place = start + column
             inside = place < 2 * size
             wide = tl.load(found + place, mask=inside, other=0.0).to(tl.float32)

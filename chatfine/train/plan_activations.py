@@ -51,8 +51,8 @@ def at_peak(
 
     Gradients come into being layer by layer in the backward pass, as activations go, so the most is
     alive before it, at one of its ends, or when the optimizer steps. Gradients are there in the
-    forward pass too where several micro-batches add to them, or a graph that is replayed
-    (`model.graphs`).
+    forward pass too where several micro-batches add to them, and in an evaluation where a graph
+    that is replayed writes them (`model.graphs`).
 
     Args:
         shapes, work: as of `plan.make_plan`.
@@ -64,7 +64,7 @@ def at_peak(
     recomputed = work.recompute_layers
     gradients = learning * work.learning_bytes * own
     replays = work.compile and work.device == "cuda" and not recomputed
-    early = gradients if work.accumulate > 1 or replays else 0.0
+    early = gradients if work.accumulate > 1 else 0.0
     of_head = head_gradient_bytes(shapes, work) * own
     all_but_last = gradients * (1 - _learns_last(shapes, work, reached))
     a_layer = weights_kept_by_layer(shapes, work, learning)

@@ -64,10 +64,8 @@ class GraphedLoss(CompiledLoss):
             self._aside(context)
             return self.loss
         if self.graph is None:
-            try:
-                self.graph = self._record(context)
-            except RuntimeError:  # nothing of it was computed: this model can't be recorded
-                self.replays = False
+            self.graph = self._try_to_record(context)
+            if self.graph is None:
                 return super().accumulate(batch, labels, context, scaled)
         self.graph.replay()
         if not self.keeps_gradients:
@@ -133,6 +131,19 @@ class GraphedLoss(CompiledLoss):
         with torch.cuda.stream(stream):
             self._run(context)
         torch.cuda.current_stream().wait_stream(stream)
+
+    def _try_to_record(
+        self, context: Callable[[], AbstractContextManager[Any]]
+    ) -> torch.cuda.CUDAGraph | None:
+        """A graph; None where this model can't be recorded. Nothing of it was computed then, so no
+        gradient may stay of what was written down."""
+        try:
+            return self._record(context)
+        except RuntimeError:
+            self.replays = False
+            for one in () if self.keeps_gradients else self.learning:
+                one.grad = None
+            return None
 
     def _record(self, context: Callable[[], AbstractContextManager[Any]]) -> torch.cuda.CUDAGraph:
         torch.cuda.empty_cache()  # what the runs so far used is not the graph's

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -78,6 +78,17 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype)
 
 
+Moment = float | torch.cuda.Event
+"""On this side's clock, or on that of a GPU, which is asked once it has come by."""
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    """Between two moments of one clock."""
+    if isinstance(begin, float):
+        return float(end) - begin
+    return float(begin.elapsed_time(end)) / 1000
+
+
 @dataclass(frozen=True, slots=True)
 class _Given:
     """What a step that the device was given has still to say."""
@@ -87,9 +98,8 @@ class _Given:
     norm: torch.Tensor
     learning_rate: float
     tokens: float
-    began: float
-    checked: bool  # whether the numbers were found finite before anything was updated
-    arrived: torch.cuda.Event | None  # when they are there; None: they are
+    began: Moment
+    arrived: torch.cuda.Event | None  # when the numbers are there; None: they are
 
 
 @dataclass(slots=True)
@@ -114,7 +124,7 @@ class Trainer:
     save_every: int
     early_stop: int = 0
     _ahead: tuple[int, list[Batch]] = field(default=(-1, []), init=False)
-    _since: float = field(default=0.0, init=False)  # when the last step ended; 0: not just now
+    _since: Moment | None = field(default=None, init=False)  # when the last step ended, if just now
     _given: _Given | None = field(default=None, init=False)
 
     def run(self) -> str:
@@ -136,7 +146,7 @@ class Trainer:
                 self._evaluate()
             if saved:
                 self.save()
-                self._since = 0.0
+                self._since = None
         return "early" if progress.step < total else "done"
 
     def _early(self) -> bool:
@@ -146,10 +156,10 @@ class Trainer:
     def step(self) -> bool:
         """One optimizer step; False if a stop was requested in it (then nothing has changed).
 
-        A GPU is given all of it, and the next one's micro-batches, before anyone asks for a number:
-        so it never waits for the loop.
+        A GPU that can skip a step by itself is given all of it, and the next one's first
+        micro-batch, before anyone asks for a number: so it does not wait for the loop.
         """
-        began, progress = time.perf_counter(), self.progress
+        began, progress = self._mark() or time.perf_counter(), self.progress
         before = rng_tensors(self.device)
         labels = self.batches.supervised(progress.step)
         loss: float | torch.Tensor = 0.0
@@ -161,7 +171,8 @@ class Trainer:
             loss = loss + self._accumulate(batch, labels)
             tokens += batch.tokens if batch.supervised else 0  # 0: only there to keep step
             self.group.tick()
-        self._settle()  # the step before
+            self._settle()  # the step before
+        self._settle()
         if not self.group.alone:
             loss, tokens, stopping = self.group.sums(float(loss), tokens, stopping)
         if stopping:
@@ -169,27 +180,33 @@ class Trainer:
             set_rng_tensors(before, self.device)
             return False
         learning_rate = self.schedule.at(progress.step)
-        norm, checked = self._update(loss, learning_rate)
+        norm = self._update(loss, learning_rate)
         progress.step += 1
-        (loss, norm), arrived = self._sent(loss, norm)
-        self._given = _Given(
-            progress.step, loss, norm, learning_rate, tokens, began, checked, arrived
-        )
-        if checked or arrived is None:
+        arrived = None
+        if self._works_ahead():
+            loss, norm = (torch.as_tensor(one).to("cpu", non_blocking=True) for one in (loss, norm))
+            arrived = self._mark()
+        self._given = _Given(progress.step, loss, norm, learning_rate, tokens, began, arrived)
+        if arrived is None:
             self._settle()
         return True
 
-    def _sent(
-        self, *numbers: float | torch.Tensor
-    ) -> tuple[Sequence[Any], torch.cuda.Event | None]:
-        """The numbers on their way from a GPU, and what tells when they have come; elsewhere they
-        are fetched when they are read."""
-        if self.device.type != "cuda":
-            return numbers, None
-        sent = [torch.as_tensor(one).to("cpu", non_blocking=True) for one in numbers]
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()  # type: ignore[no-untyped-call]
-        return sent, arrived
+    def _skips(self) -> bool:
+        """Whether the optimizer leaves all as it is, by itself, where a number is not finite."""
+        plain = self.group.alone and not self.precision.scaler.is_enabled()
+        return plain and skips_not_finite(self.optimizer)
+
+    def _works_ahead(self) -> bool:
+        """Whether the device is told what to do before it is asked what came of it."""
+        return self.device.type == "cuda" and self._skips()
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """The moment when a GPU that works ahead comes to this."""
+        if not self._works_ahead():
+            return None
+        mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        mark.record()  # type: ignore[no-untyped-call]
+        return mark
 
     def _settle(self) -> None:
         """Read, check and report the numbers of the last step, once."""
@@ -198,19 +215,19 @@ class Trainer:
             return
         if given.arrived is not None:
             given.arrived.synchronize()  # type: ignore[no-untyped-call]
-        progress = self.progress
-        if not given.checked:
+        loss, norm, progress = float(given.loss), float(given.norm), self.progress
+        now = given.arrived or time.perf_counter()
+        if self._skips():  # else they were looked at before
             progress.step = given.step - 1  # there it stands if this one was not taken
-            self._check(given.loss, given.norm, given.step)
+            self._check(loss, norm, given.step)
             progress.step = given.step
-        now = time.perf_counter()
-        seconds, self._since = now - (self._since or given.began), now
+        seconds, self._since = _seconds(self._since or given.began, now), now
         progress.tokens += int(given.tokens)
         progress.seconds += seconds
         self.report(
             StepReport(
-                step=given.step, loss=float(given.loss), learning_rate=given.learning_rate,
-                grad_norm=float(given.norm), tokens=progress.tokens,
+                step=given.step, loss=loss, learning_rate=given.learning_rate, grad_norm=norm,
+                tokens=progress.tokens,
                 tokens_per_second=given.tokens / seconds, seconds=progress.seconds,
             )
         )  # fmt: skip
@@ -229,14 +246,9 @@ class Trainer:
             batch, labels, precision.context, precision.scaler.scale
         ).clone()
 
-    def _update(
-        self, loss: float | torch.Tensor, learning_rate: float
-    ) -> tuple[torch.Tensor, bool]:
-        """Clip, step, clear. Nothing is updated if the gradient's norm or the loss is not finite.
-
-        Returns:
-            The norm, and whether both were asked for already.
-        """
+    def _update(self, loss: float | torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """Clip, step, clear; returns the gradient's norm. Nothing is updated if that or the loss is
+        not finite."""
         scaler, optimizer = self.precision.scaler, self.optimizer
         self.group.sum_gradients(self.parameters.values())
         self._hold_back()
@@ -246,11 +258,10 @@ class Trainer:
                 self.parameters.values(), self.clip or math.inf, foreach=self.device.type != "mps"
             )
         )
-        late = self.group.alone and not scaler.is_enabled() and skips_not_finite(optimizer)
-        if late:  # it looks for itself, so the device is not waited for
+        if self._skips():  # it looks for itself, so the device is not waited for
             optimizer.found_inf = (~torch.isfinite(norm + loss)).float()  # type: ignore[attr-defined]
         else:
-            self._check(loss, norm, self.progress.step + 1)
+            self._check(float(loss), float(norm), self.progress.step + 1)
         for group in optimizer.param_groups:
             start = group.get("start", 0)
             rate = self.schedule.at(self.progress.step, start) if start else learning_rate
@@ -260,16 +271,16 @@ class Trainer:
         self._forget()
         if self.progress.step + 1 < self.schedule.total:
             self._micro_batches(self.progress.step + 1)
-        return norm, not late
+        return norm
 
-    def _check(self, loss: float | torch.Tensor, norm: torch.Tensor, step: int) -> None:
+    def _check(self, loss: float, norm: float, step: int) -> None:
         """Refuse to go on from numbers of a step that are not finite. In fp16 the scaler skips such
         a step and halves its scale, which a real fault outlasts."""
         scaler = self.precision.scaler
         if not math.isfinite(loss):
-            raise self._not_finite(t("the loss"), float(loss), step)
+            raise self._not_finite(t("the loss"), loss, step)
         if not math.isfinite(norm) and (not scaler.is_enabled() or scaler.get_scale() < 1):
-            raise self._not_finite(t("the gradient"), float(norm), step)
+            raise self._not_finite(t("the gradient"), norm, step)
 
     def _forget(self) -> None:
         """Empty the gradients, and tell the model that what learns has changed."""

@@ -302,10 +302,18 @@ def test_a_card_replays_what_it_would_compute(micro: int) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here recording works")
-def test_what_cannot_be_recorded_is_computed() -> None:
+@pytest.mark.parametrize("adds", [False, True])
+def test_what_cannot_be_recorded_is_computed(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is left of the gradients that were written down, and never computed."""
+
+    def record(graphed: GraphedLoss, context: Any) -> None:
+        for one in () if adds else graphed.learning:
+            one.grad = torch.full_like(one, 1e3)
+        raise RuntimeError("an operation of this model can't be recorded")
+
+    monkeypatch.setattr(GraphedLoss, "_record", record)
     graphed, plain = (
-        GraphedLoss(build(), FixedInputs(TOKENS, LONGEST)).train(),
+        GraphedLoss(build(), FixedInputs(TOKENS, LONGEST), adds).train(),
         LossModel(build()).train(),
     )
     batch = batch_of(5, 9)

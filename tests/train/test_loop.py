@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -284,28 +285,29 @@ def test_a_stop_in_the_middle_of_a_step_leaves_no_trace(
 
 
 class Mark:
-    """Stands for the event that a GPU's numbers have come."""
+    """Stands for the event that a GPU has come by."""
 
     def __init__(self, said: list[str]) -> None:
-        self.said = said
+        self.said, self.at = said, time.perf_counter()
 
     def synchronize(self) -> None:
         self.said.append("read")
+
+    def elapsed_time(self, other: Mark) -> float:
+        return (other.at - self.at) * 1000
 
 
 def work_ahead(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let a CPU be treated as a GPU is; returns what happens, in order."""
     said: list[str] = []
 
-    def sent(trainer: Trainer, *numbers: Any) -> tuple[list[torch.Tensor], Mark]:
-        return [torch.as_tensor(one).clone() for one in numbers], Mark(said)
-
     def accumulate(trainer: Trainer, *args: Any) -> torch.Tensor:
         said.append("given")
         return original(trainer, *args)
 
     original = Trainer._accumulate
-    monkeypatch.setattr(Trainer, "_sent", sent)
+    monkeypatch.setattr(Trainer, "_works_ahead", Trainer._skips)
+    monkeypatch.setattr(Trainer, "_mark", lambda self: Mark(said) if self._skips() else None)
     monkeypatch.setattr(Trainer, "_accumulate", accumulate)
     return said
 
@@ -340,6 +342,16 @@ def test_a_gpu_is_given_the_next_step_before_the_last_one_is_read(
     seconds = [one.seconds or 0.0 for one in lines[:5]]
     assert seconds == sorted(seconds)
     assert seconds[0] > 0
+
+
+def test_one_micro_batch_is_enough_to_work_ahead(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = work_ahead(monkeypatch)
+    trainer = trainer_for(model_for(tiny), Batches([examples()], rows=2, accumulate=2))
+    trainer.step()
+    trainer.step()
+    assert said == ["given", "given", "given", "read", "given"]
 
 
 def test_a_step_that_broke_is_found_before_the_next_one_changes_anything(

@@ -138,18 +138,19 @@ class GraphedLoss(CompiledLoss):
         """A graph; None where this model can't be recorded. Nothing of it was computed then, so no
         gradient may stay of what was written down."""
         try:
-            return self._record(context)
+            graph = self._record(context)
         except RuntimeError:
             self.replays = False
             for one in () if self.keeps_gradients else self.learning:
                 one.grad = None
             return None
+        if not self.keeps_gradients:
+            self.gradients = [one.grad for one in self.learning]
+        return graph
 
     def _record(self, context: Callable[[], AbstractContextManager[Any]]) -> torch.cuda.CUDAGraph:
         torch.cuda.empty_cache()  # what the runs so far used is not the graph's
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._run(context)
-        if not self.keeps_gradients:
-            self.gradients = [one.grad for one in self.learning]
         return graph

@@ -93,8 +93,7 @@ def swiglu_fp8_back(
     scales = both.new_empty(rows, 1, dtype=torch.float32)
     program[(rows,)](
         grad.contiguous(), both.contiguous(), factors.contiguous(), found, codes.view(E4M3), scales,
-        size, 2 * size + width, PIECE=PIECE, TOP=E4M3_MAX / ROOM_BACK,
-        num_warps=WARPS,
+        size, 2 * size + width, PIECE=PIECE, TOP=E4M3_MAX / ROOM_BACK, num_warps=WARPS,
     )  # fmt: skip
     return found, codes, scales
 

@@ -172,7 +172,7 @@ class Trainer:
             tokens += batch.tokens if batch.supervised else 0  # 0: only there to keep step
             self.group.tick()
             self._settle()  # the step before
-        self._settle()
+        self._settle()  # if this one was stopped before it began
         if not self.group.alone:
             loss, tokens, stopping = self.group.sums(float(loss), tokens, stopping)
         if stopping:
@@ -227,8 +227,8 @@ class Trainer:
         self.report(
             StepReport(
                 step=given.step, loss=loss, learning_rate=given.learning_rate, grad_norm=norm,
-                tokens=progress.tokens,
-                tokens_per_second=given.tokens / seconds, seconds=progress.seconds,
+                tokens=progress.tokens, tokens_per_second=given.tokens / seconds,
+                seconds=progress.seconds,
             )
         )  # fmt: skip
 

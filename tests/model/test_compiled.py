@@ -4,66 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from small_llama import LONGEST, TOKENS, batch_of, build
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from chatfine.data.batches import collate
-from chatfine.model import adapters, attention, chunked, cross_entropy, lora, recompute, storages
+from chatfine.model import adapters, chunked, recompute
 from chatfine.model.compiled import MIN_DOCUMENTS, CompiledLoss, FixedInputs, supports
 from chatfine.model.fast import LossModel, causal_model
-from chatfine.model.frozen import FrozenLinear, linears_to_freeze
-from chatfine.model.graphs import WARM_RUNS, GraphedLoss
 from chatfine.types import IGNORE_INDEX, Batch, Example
-
-TOKENS, LONGEST = 64, 32
-
-
-@pytest.fixture
-def rounds_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiply 8-bit floats on a CPU too, by the twin of the card's product."""
-    for module in (storages, lora):
-        monkeypatch.setattr(module, "multiplies_fp8", lambda x, out, size: not (out | size) % 16)
-
-
-@pytest.fixture
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything but the compiler."""
-    monkeypatch.setattr(nn.Module, "compile", lambda *args, **kwargs: None)
-    monkeypatch.setattr(
-        cross_entropy, "_compiled_gradient", lambda: cross_entropy._softmax_gradient
-    )
-
-
-def build(storage: str | None = None, b: float = 0.1) -> Any:
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
-        )
-    )  # fmt: skip
-    attention.install(model)
-    for name, layer in linears_to_freeze(model).items() if storage else ():
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, FrozenLinear.of(layer, storage))
-    model = adapters.attach(model, "lora", rank=4)
-    for name, parameter in adapters.trained_parameters(model).items():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=b)
-    return model
-
-
-def batch_of(*lengths: int) -> Batch:
-    drawn = torch.Generator().manual_seed(sum(lengths))
-    rows = [torch.randint(3, 96, (length,), generator=drawn).tolist() for length in lengths]
-    return collate([Example(row, [i > 1 for i in range(len(row))]) for row in rows])
 
 
 def learned(model: Any) -> dict[str, torch.Tensor]:
@@ -213,121 +166,6 @@ def test_an_evaluation_notices_a_loaded_adapter_and_one_too_large() -> None:
     assert ours.groups.groups == []
 
 
-@pytest.mark.usefixtures("uncompiled", "rounds_both")
-def test_a_graph_is_recorded_anew_when_weights_move() -> None:
-    graphed = GraphedLoss(build("fp8"), FixedInputs(TOKENS, LONGEST))
-    graphed.runs = WARM_RUNS
-    for parameter in adapters.trained_parameters(graphed.model).values():
-        parameter.data.mul_(1e5)
-    with torch.no_grad():
-        graphed.eval()(batch_of(5))
-    assert graphed.groups.groups == []
-    assert graphed.runs == 0
-    assert graphed.graph is None
-
-
-class Replayed:
-    """Does what a recorded graph does: computes again and writes to the same places. On a card
-    recording computes nothing; here it has, so the first time nothing is left to do."""
-
-    def __init__(self, graphed: GraphedLoss) -> None:
-        self.graphed, self.new = graphed, True
-
-    def replay(self) -> None:
-        graphed = self.graphed
-        if self.new:
-            self.new = False
-            return
-        if graphed.keeps_gradients:
-            graphed._run(nullcontext)
-            return
-        for one in graphed.learning:
-            one.grad = None
-        graphed._run(nullcontext)
-        for one, kept in zip(graphed.learning, graphed.gradients, strict=True):
-            if kept is not None and one.grad is not None:
-                kept.copy_(one.grad)
-            one.grad = None
-
-
-def steps_of(measure: LossModel, micro: int, device: str = "cpu") -> list[float]:
-    """The losses of some steps of so many micro-batches, by AdamW; the last has more labels."""
-    optimizer = torch.optim.AdamW(adapters.trained_parameters(measure.model).values(), lr=0.01)
-    losses = []
-    for step in range(WARM_RUNS + 4):
-        total = 0.0
-        for part in range(micro):
-            batch = batch_of(5 + step % 3, 9, *[10, 20] * (step > WARM_RUNS + 2), 3 + part)
-            total += measure.accumulate(batch.to(device), 20).item()
-        torch.nn.utils.clip_grad_norm_(measure.model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=not measure.keeps_gradients)
-        measure.stale = True
-        losses.append(total)
-    return losses
-
-
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("micro", [1, 2])
-def test_replayed_gradients_are_those_of_their_own_step(
-    micro: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def record(graphed: GraphedLoss, context: Any) -> Replayed:
-        graphed._run(context)
-        if not graphed.keeps_gradients:
-            graphed.gradients = [one.grad for one in graphed.learning]
-        return Replayed(graphed)
-
-    monkeypatch.setattr(GraphedLoss, "_aside", GraphedLoss._run)
-    monkeypatch.setattr(GraphedLoss, "_record", record)
-    graphed = GraphedLoss(build(), FixedInputs(TOKENS, LONGEST), adds=micro > 1).train()
-    assert steps_of(graphed, micro) == pytest.approx(
-        steps_of(LossModel(build()).train(), micro), rel=1e-4
-    )
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
-@pytest.mark.parametrize("micro", [1, 2])
-def test_a_card_replays_what_it_would_compute(micro: int) -> None:
-    models = [build().cuda() for _ in range(2)]
-    for model in models:
-        for one in model.parameters():
-            one.data = one.data.to(torch.float32 if one.requires_grad else torch.bfloat16)
-    graphed = GraphedLoss(models[0], FixedInputs(TOKENS, LONGEST), adds=micro > 1).train()
-    found = steps_of(graphed, micro, "cuda")
-    assert graphed.replays
-    wanted = steps_of(LossModel(models[1]).train(), micro, "cuda")
-    assert found == pytest.approx(wanted, rel=0.02)
-    assert abs(wanted[3] - wanted[0]) > 0.05 * wanted[0]  # the same texts, some steps later
-
-
-@pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("adds", [False, True])
-def test_what_cannot_be_recorded_is_computed(adds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And nothing is left of the gradients that were written down, and never computed."""
-
-    def record(graphed: GraphedLoss, context: Any) -> None:
-        for one in () if adds else graphed.learning:
-            one.grad = torch.full_like(one, 1e3)
-        raise RuntimeError("an operation of this model can't be recorded")
-
-    monkeypatch.setattr(GraphedLoss, "_record", record)
-    graphed, plain = (
-        GraphedLoss(build(), FixedInputs(TOKENS, LONGEST), adds).train(),
-        LossModel(build()).train(),
-    )
-    batch = batch_of(5, 9)
-    graphed._fill(batch, 7)
-    graphed.runs = WARM_RUNS
-    losses = [model.accumulate(batch, 7).item() for model in (graphed, plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert not graphed.replays
-    found, wanted = (list(adapters.trained_parameters(m).values()) for m in (graphed, plain))
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.grad is not None
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.usefixtures("uncompiled")
 def test_layers_before_the_first_that_learns_keep_nothing() -> None:
     model = build()
@@ -373,76 +211,3 @@ def test_compiled_layers_that_are_recomputed_in_pieces_learn_the_same(storage: s
     assert chunked.install(ours.model, TOKENS // 4)
     for _ in range(4):
         agree(ours, whole, batch_of(TOKENS), 1e-3)
-
-
-# -- the cross entropy -----------------------------------------------------------------------------
-
-
-def drawn(vocabulary: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    torch.manual_seed(sum(vocabulary))
-    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
-    parts = [torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in vocabulary]
-    labels = torch.randint(0, sum(vocabulary), (11,))
-    labels[[0, 4, 10]] = torch.tensor([IGNORE_INDEX, -1, IGNORE_INDEX])
-    return hidden, parts, labels
-
-
-@pytest.mark.parametrize("vocabulary", [(9,), (5, 4), (3, 1, 7)])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_labels_below_zero_count_nothing(
-    vocabulary: tuple[int, ...], compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        cross_entropy, "_compiled_gradient", lambda: cross_entropy._softmax_gradient
-    )
-    hidden, parts, labels = drawn(vocabulary)
-    ours = cross_entropy.linear_cross_entropy(hidden, parts, labels, compiled)
-    counts = labels >= 0
-    slow = F.cross_entropy(hidden[counts] @ torch.cat(parts).t(), labels[counts], reduction="sum")
-    torch.testing.assert_close(ours, slow)
-    inputs = (hidden, *parts)
-    got = torch.autograd.grad(2 * ours, inputs)
-    wanted = torch.autograd.grad(2 * slow, inputs)
-    for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
-    assert not got[0][~counts].any()
-
-
-def test_both_ways_to_the_gradient_of_the_logits_agree() -> None:
-    hidden, (weight,), labels = drawn((9,))
-    with torch.no_grad():
-        loss, (gradient,) = cross_entropy._gradients(hidden, [weight], labels, True)
-        other, again = cross_entropy._softmax_gradient(F.linear(hidden, weight), labels)
-    torch.testing.assert_close(loss, other)
-    torch.testing.assert_close(gradient, again)
-    assert not gradient[labels < 0].any()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("vocabulary", [7, 100, 4096, 49152])
-@pytest.mark.parametrize("ignored", [0, 5, 13])
-def test_the_program_for_the_gradient_of_the_logits_is_its_twin(
-    dtype: torch.dtype, vocabulary: int, ignored: int
-) -> None:
-    torch.manual_seed(vocabulary)
-    logits = (10 * torch.randn(13, vocabulary)).to("cuda", dtype)
-    labels = torch.randint(0, vocabulary, (13,), device="cuda")
-    labels[torch.randperm(13)[:ignored]] = IGNORE_INDEX
-    wanted_loss, wanted = cross_entropy._softmax_gradient(logits.clone(), labels)
-    loss, gradient = cross_entropy.softmax_gradient(logits, labels)
-    assert (loss.dtype, gradient.dtype) == (torch.float32, dtype)
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-5)
-    rtol = 1e-2 if dtype == torch.bfloat16 else 1e-4
-    torch.testing.assert_close(gradient, wanted, rtol=rtol, atol=1e-5)
-    assert not gradient[labels < 0].any()
-    assert gradient.data_ptr() == logits.data_ptr()
-
-
-def test_nothing_but_labels_that_count_nothing_is_no_loss() -> None:
-    hidden, parts, labels = drawn((9,))
-    loss = cross_entropy.linear_cross_entropy(hidden, parts, torch.full_like(labels, IGNORE_INDEX))
-    loss.backward()
-    assert loss.item() == 0
-    assert hidden.grad is not None
-    assert not hidden.grad.any()
